@@ -1,0 +1,192 @@
+"""
+Time and model FLOPs utilisation of a real training step.
+
+    python bench.py
+    python bench.py --batch_size=16 --block_size=1024 --TK_kernel=False
+    python bench.py --plain=True
+
+Two switches: TK_kernel chooses the attention alone; plain=True is the whole of plain nanoGPT, torch's
+attention under torch.compile and nothing of ours, the standing point of comparison. Before timing, the
+model is held against plain nanoGPT on one batch: output, loss and every gradient. One JSON line comes last.
+"""
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from configurator import choose, configure
+from data.tokens import Tokens, read_meta
+from model import GPT, GPTConfig, peak_flops
+
+# -----------------------------------------------------------------------------
+batch_size = 4
+block_size = 4096
+n_layer = 12
+n_head = 12
+n_embd = 768
+bias = False
+vocab_size = 50304 # of the model; the data may use fewer
+dataset = 'shakespeare_char' # a folder in data/
+real_data = True # False: random tokens
+steps = 20 # timed ones
+warmup = 10 # steps before them
+plain = False # the whole of plain nanoGPT, for comparison
+seed = 1337
+device = 'auto' # cpu, cuda, cuda:1, ...
+dtype = 'auto' # float32, bfloat16 or float16
+compile = 'auto' # torch.compile: True or False
+TK_kernel = 'auto' # the ThunderKittens attention: True, False; auto uses it where it can run
+profile = False # a table of the slowest operations of three steps
+# -----------------------------------------------------------------------------
+config = configure(globals(), auto={'compile': bool, 'TK_kernel': bool})
+for _name in ('batch_size', 'block_size', 'steps', 'vocab_size'):
+    if config[_name] < 1:
+        sys.exit(f"--{_name} must be at least 1, not {config[_name]}")
+choose(config)
+device, dtype, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'compile', 'TK_kernel'))
+device_type = torch.device(device).type
+on_gpu = device_type == 'cuda'
+if on_gpu:
+    torch.cuda.set_device(device)
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision('high')
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
+
+
+def make_batches(n):
+    """n batches of x and y, each (B, T), on the device."""
+    if real_data:
+        tokens = Tokens(Path('data', dataset), 'train', block_size, vocab_size)
+        read = [tokens.batch(torch.randint(tokens.n_starts, (batch_size,)).tolist()) for _ in range(n)]
+    else:
+        top = min(vocab_size, read_meta(Path('data', dataset)).get('vocab_size', vocab_size))
+        ids = torch.randint(top, (n, batch_size, block_size + 1))
+        read = [(i[:, :-1].contiguous(), i[:, 1:].contiguous()) for i in ids]
+    return [(x.to(device), y.to(device)) for x, y in read]
+
+
+def make_model(use_kernel):
+    """The model with random weights; every call gives the same ones."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                         bias=bias, dropout=0.0, TK_kernel=use_kernel)).to(device)
+
+
+def outcome(model, x, y):
+    """{name: tensor} of output, loss and every gradient on one batch."""
+    with autocast:
+        logits, loss = model(x, y)
+    loss.backward()
+    found = {'output': logits.detach().float(), 'loss': loss.detach()}
+    found |= {f'gradient of {name}': p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def first_difference(x, y, allowed=0.02):
+    """'' where the kernel's model gives what plain nanoGPT gives: ||difference|| / ||plain|| at most `allowed`."""
+    ours, theirs = (outcome(make_model(kernel), x, y) for kernel in (True, False))
+    for name, want in theirs.items():
+        got = ours[name]
+        if got is None:
+            return f"{name}: the kernel gives none"
+        off = ((got - want).norm() / want.norm()).item()
+        if not off <= allowed: # a NaN is a difference too
+            return f"{name}: off by {off:.4f} of its norm, allowed {allowed}"
+    return ''
+
+
+batches = make_batches(8)
+if TK_kernel:
+    difference = first_difference(*batches[0])
+    if difference:
+        sys.exit(f"kernel differs: {difference}")
+    check = "kernel ok"
+else:
+    check = "nothing to compare: this is plain nanoGPT's attention"
+print(check)
+torch.cuda.empty_cache()
+
+model = make_model(TK_kernel)
+optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), device_type)
+step_model = torch.compile(model) if compile else model
+
+
+def step(x, y):
+    with autocast:
+        loss = step_model(x, y)[1]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def timed_ms(n):
+    """Time of each of n steps in ms. On a GPU by events, which the host never waits for inside."""
+    if not on_gpu:
+        marks = [time.perf_counter()]
+        for i in range(n):
+            step(*batches[i % len(batches)])
+            marks.append(time.perf_counter())
+        return [(b - a) * 1e3 for a, b in zip(marks, marks[1:])]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+    events[0].record()
+    for i in range(n):
+        step(*batches[i % len(batches)])
+        events[i + 1].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+
+
+def commit():
+    """This tree's commit, '+' behind it where files have changed since; 'none' outside git."""
+    def git(*words):
+        return subprocess.run(['git', *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    try:
+        return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '') or 'none'
+    except FileNotFoundError:
+        return 'none'
+
+
+for i in range(warmup):
+    step(*batches[i % len(batches)])
+if profile:
+    from torch.profiler import ProfilerActivity
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=kinds) as prof:
+        timed_ms(3)
+    print(prof.key_averages().table(sort_by='self_cuda_time_total' if on_gpu else 'self_cpu_time_total', row_limit=30))
+if on_gpu:
+    torch.cuda.reset_peak_memory_stats()
+times_ms = timed_ms(steps)
+ms = statistics.median(times_ms)
+
+# what it means
+tokens_per_s = batch_size * block_size / ms * 1e3
+card = torch.cuda.get_device_name() if on_gpu else platform.machine()
+peak = peak_flops(card)
+mfu, mfu_causal = (model.flops_per_token(causal) * tokens_per_s / peak if peak else None for causal in (False, True))
+peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+name = "plain nanoGPT" if plain else "TK kernel" if TK_kernel else "SDPA"
+print(f"{batch_size} x {block_size}, {name}, {dtype}, on {card}: {ms:.2f} ms a step (median of {steps}, "
+      f"{min(times_ms):.2f} to {max(times_ms):.2f}), {tokens_per_s:,.0f} tokens/s"
+      + (f", {peak_gib:.1f} GiB" if on_gpu else ""))
+if peak:
+    print(f"MFU {mfu:.1%} of {peak / 1e12:.0f} TFLOP/s; {mfu_causal:.1%} with the causal half of the attention FLOPs")
+else:
+    print("no MFU: the peak of this device is not known")
+print(json.dumps({
+    'batch_size': batch_size, 'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd,
+    'TK_kernel': TK_kernel, 'plain': plain, 'compile': compile, 'dtype': dtype, 'real_data': real_data,
+    'dataset': dataset, 'check': check, 'ms_median': round(ms, 3), 'ms_min': round(min(times_ms), 3),
+    'ms_max': round(max(times_ms), 3), 'tokens_per_s': round(tokens_per_s), 'mfu': mfu and round(mfu, 4),
+    'mfu_causal': mfu_causal and round(mfu_causal, 4), 'peak_gib': peak_gib and round(peak_gib, 2), 'card': card,
+    'torch': torch.__version__, 'cuda': torch.version.cuda, 'commit': commit(),
+}))

@@ -1,0 +1,391 @@
+"""
+Trains a GPT, on one device or, under torchrun, on many.
+
+    python train.py config/train_shakespeare_char.py --batch_size=32
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py
+
+In out_dir it leaves ckpt.pt, log.csv and loss.png.
+"""
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from configurator import choose, configure
+from data.run import RunLog, read_checkpoint, write_checkpoint
+from data.tokens import Tokens, read_meta
+from model import GPT, GPTConfig
+
+_started = time.time()
+# -----------------------------------------------------------------------------
+# settings: GPT-2 (124M) on OpenWebText
+# input and output
+out_dir = 'out'
+eval_interval = 2000 # steps
+log_interval = 1 # steps
+eval_iters = 200 # batches of each split in an evaluation
+eval_only = False # evaluate once, then stop
+full_val = False # after the last step, the loss over all of val.bin
+always_save_checkpoint = True # at every evaluation, not only when the val loss is the best so far
+init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder in transformers' format
+# wandb.ai
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext' # a folder in data/
+data_order = 'random' # random offsets as in nanoGPT, or permutation: every place once an epoch
+gradient_accumulation_steps = 5 * 8 # micro-batches a step, over all processes
+batch_size = 12 # sequences in a micro-batch
+block_size = 1024 # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0 # 0 for pretraining, 0.1 and more for finetuning
+bias = False # biases in LayerNorm and Linear layers
+# adamw
+learning_rate = 6e-4 # its maximum
+max_iters = 600000 # steps
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0 # 0 clips nothing
+# learning rate decay
+decay_lr = True
+warmup_iters = 2000
+lr_decay_iters = 600000 # about max_iters, as in Chinchilla
+min_lr = 6e-5 # about learning_rate / 10, as in Chinchilla
+# system
+backend = 'auto' # of torch.distributed: nccl, gloo; auto is nccl on CUDA, gloo elsewhere
+device = 'auto' # cpu, cuda, cuda:1, mps, ...
+dtype = 'auto' # float32, bfloat16 or float16 (float16 gets a GradScaler)
+compile = 'auto' # torch.compile: True or False
+TK_kernel = 'auto' # the ThunderKittens attention: True, False; auto uses it where it can run
+seed = 1337
+# -----------------------------------------------------------------------------
+config = configure(globals(), auto={'compile': bool, 'TK_kernel': bool})
+
+# the processes: one, or those that torchrun started
+ddp = 'RANK' in os.environ
+rank, world_size = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
+master = rank == 0
+if ddp and device in ('auto', 'cuda') and torch.cuda.is_available():
+    config['device'] = f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def say(line):
+    """Print a line, once, and above the bar where there is one to keep in its place."""
+    if master:
+        tqdm.write(line) if sys.stderr.isatty() else print(line, flush=True)
+
+
+def check_settings():
+    """The mistakes that a type does not show."""
+    for name in ('gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'eval_iters',
+                 'log_interval', 'lr_decay_iters'):
+        if config[name] < 1:
+            sys.exit(f"--{name} must be at least 1, not {config[name]}")
+    for name in ('max_iters', 'warmup_iters', 'grad_clip', 'weight_decay', 'learning_rate', 'min_lr', 'seed'):
+        if not 0 <= config[name] < math.inf:
+            sys.exit(f"--{name} must be at least 0 and finite, not {config[name]}")
+    for name in ('beta1', 'beta2'):
+        if not 0 <= config[name] < 1:
+            sys.exit(f"--{name} must be at least 0 and below 1, not {config[name]}")
+    if data_order not in ('random', 'permutation'):
+        sys.exit(f"--data_order must be random or permutation, not {data_order!r}")
+    if backend not in ('auto', 'nccl', 'gloo'):
+        sys.exit(f"--backend must be auto, nccl or gloo, not {backend!r}")
+    if init_from not in ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') \
+            and not Path(init_from).is_dir():
+        sys.exit("--init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder in "
+                 f"transformers' format, not {init_from!r}")
+
+
+check_settings()
+checkpoint = read_checkpoint(Path(out_dir, 'ckpt.pt')) if init_from == 'resume' else {}
+if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
+    config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
+choose(config)
+device, dtype, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'compile', 'TK_kernel'))
+device_type = torch.device(device).type
+if ddp:
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)
+    if backend == 'auto':
+        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    if backend == 'nccl' and device_type != 'cuda':
+        sys.exit(f"--backend=nccl needs CUDA devices, not {device}; gloo runs anywhere")
+    dist.init_process_group(backend=backend)
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"--out_dir={out_dir}: {e.strerror}")
+torch.manual_seed(seed + rank)
+torch.set_float32_matmul_precision('high') # float32 matmuls in TF32 on GPUs that have it
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
+
+# data
+meta = read_meta(Path('data', dataset))
+my_micro_steps = range(rank, gradient_accumulation_steps, world_size) # of each step
+say(f"tokens per step: {gradient_accumulation_steps * batch_size * block_size:,}")
+
+
+def to_device(x, y):
+    """A batch (B, T) on the device; on CUDA the copy runs beside the computation."""
+    if device_type == 'cuda':
+        return (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+    return x.to(device), y.to(device)
+
+
+def draw(split):
+    """Offsets of a random batch, with nanoGPT's draws."""
+    return torch.randint(data[split].n_starts, (batch_size,)).tolist()
+
+
+def places(step, micro_step):
+    """Where the sequences of a micro-batch stand: random, or as the permutation of their epoch has it."""
+    if data_order == 'random':
+        return draw('train')
+    n = data['train'].n_windows
+    first = (step * gradient_accumulation_steps + micro_step) * batch_size
+    return [permutation(n, i // n)[i % n] for i in range(first, first + batch_size)]
+
+
+def permutation(n, epoch):
+    """The numbers below n in an order that depends on seed and epoch only; the newest two are kept."""
+    if epoch not in permutation.kept:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        permutation.kept = {**dict(list(permutation.kept.items())[-1:]), epoch: order}
+    return permutation.kept[epoch]
+
+
+permutation.kept = {}
+
+
+def train_batch(at):
+    """The micro-batch at these places of train.bin."""
+    return to_device(*(data['train'].batch(at) if data_order == 'random' else data['train'].windows(at)))
+
+
+# model
+def make_model():
+    """The model as init_from asks for it, on the CPU."""
+    global block_size
+    ours = dict(dropout=dropout, TK_kernel=TK_kernel)
+    if init_from == 'scratch':
+        say(f"a new model, vocab_size {meta.get('vocab_size', 50304):,}" + ("" if meta else " (GPT-2's, padded)"))
+        model = GPT(GPTConfig(block_size=block_size, vocab_size=meta.get('vocab_size', 50304), n_layer=n_layer,
+                              n_head=n_head, n_embd=n_embd, bias=bias, **ours))
+    elif init_from == 'resume':
+        model = GPT.from_checkpoint(checkpoint, **ours)
+        say(f"resuming from {out_dir}/ckpt.pt")
+    else:
+        model = GPT.from_pretrained(init_from, ours)
+        say(f"weights of {init_from}")
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
+    elif block_size > model.config.block_size:
+        say(f"block_size is the model's own, {model.config.block_size}, not {block_size}")
+        block_size = model.config.block_size
+    return model
+
+
+try:
+    raw_model = make_model()
+except (ValueError, OSError) as e:
+    sys.exit(f"--init_from={init_from}: {e}")
+data = {split: Tokens(Path('data', dataset), split, block_size, raw_model.config.vocab_size)
+        for split in ('train', 'val')}
+raw_model.to(device)
+say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters")
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+
+# where the run stands
+step, best_val_loss, resumed = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', 1e9), {}
+if init_from == 'resume':
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (KeyError, ValueError) as e:
+        sys.exit(f"{out_dir}/ckpt.pt: its optimizer state does not fit ({e})")
+    for group in optimizer.param_groups: # a run may move to another kind of device
+        group['fused'] = device_type == 'cuda'
+    if 'scaler' in checkpoint and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint['scaler'])
+    states = checkpoint.get('ranks', [])
+    resumed = states[rank] if len(states) == world_size else {}
+best_val_loss = float(best_val_loss)
+checkpoint = None # free its memory
+model = torch.compile(raw_model) if compile else raw_model
+if ddp:
+    model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
+
+
+@torch.no_grad()
+def estimate_loss():
+    """Mean loss of eval_iters random batches of each split, the batches shared by all processes."""
+    raw_model.eval()
+    forward = model.module if ddp else model
+    losses = {}
+    for split in ('train', 'val'):
+        with autocast:
+            mine = [forward(*to_device(*data[split].batch(draw(split))))[1]
+                    for _ in range(rank, eval_iters, world_size)]
+        losses[split] = mean_over_processes(mine)
+    raw_model.train()
+    return losses
+
+
+def full_val_loss():
+    """Loss over all of val.bin: every token but the first is predicted once, but for a rest shorter than T."""
+    raw_model.eval()
+    n, losses = data['val'].n_windows, []
+    with torch.no_grad(), autocast:
+        for first in range(rank * batch_size, n, world_size * batch_size):
+            x, y = to_device(*data['val'].windows(range(first, min(first + batch_size, n))))
+            losses += [raw_model(x, y)[1]] * len(x)
+    raw_model.train()
+    return mean_over_processes(losses)
+
+
+def mean_over_processes(losses):
+    """Mean of the losses, 0-d tensors, of all processes."""
+    total = torch.zeros(2, dtype=torch.double) # sum and count
+    if losses:
+        total += torch.tensor([torch.stack(losses).cpu().double().sum(), len(losses)])
+    if ddp:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def get_lr(it):
+    """Learning rate of step `it`: linear warm-up, then a cosine down to min_lr at lr_decay_iters."""
+    if not decay_lr:
+        return learning_rate
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    progress = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+def rank_state():
+    """What this process needs to go on exactly here: its random numbers and the batch that waits."""
+    state = {'cpu_rng': torch.get_rng_state(), 'next_places': next_places}
+    if device_type == 'cuda':
+        state['cuda_rng'] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def save_checkpoint():
+    """ckpt.pt: nanoGPT's six entries, and ours that it does not look at. All processes call this together."""
+    states = [rank_state()]
+    if ddp:
+        states = [None] * world_size
+        dist.all_gather_object(states, rank_state())
+    if not master:
+        return
+    why_not = write_checkpoint({
+        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
+        'model_args': raw_model.config.model_args(), 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
+        'gelu': raw_model.config.gelu, 'tokenizer': meta, 'scaler': scaler.state_dict(), 'ranks': states,
+    }, Path(out_dir, 'ckpt.pt'))
+    say(f"warning: no checkpoint at step {step} ({why_not}); {out_dir}/ckpt.pt is as it was" if why_not
+        else f"saving checkpoint to {out_dir}")
+
+
+def log(**row):
+    """A row for log.csv and wandb."""
+    if master:
+        run_log.add({'step': step, **row, 'elapsed_s': round(time.time() - _started, 1)})
+
+
+run_log = RunLog(out_dir, step, f"{dataset}, {raw_model.get_num_params() / 1e6:.1f}M", say) if master else None
+if wandb_log and master:
+    run_log.start_wandb(wandb_project, wandb_run_name, config)
+
+# training
+first_step = step
+if resumed:
+    torch.set_rng_state(resumed['cpu_rng'])
+    if device_type == 'cuda' and 'cuda_rng' in resumed:
+        torch.cuda.set_rng_state(resumed['cuda_rng'], device)
+next_places = resumed['next_places'] if resumed else places(step, rank)
+x, y = train_batch(next_places)
+evaluated = bool(resumed) and not eval_only # the run that saved this had just evaluated
+bar = tqdm(total=max_iters, initial=step, disable=not master, unit='step', dynamic_ncols=True,
+           mininterval=0.5 if sys.stderr.isatty() else 30)
+mfu, dt, timed_from, timed_step = -1.0, 0.0, time.perf_counter(), step
+while True:
+    # evaluate, and keep what is good
+    if (step % eval_interval == 0 or step >= max_iters or eval_only) and not evaluated:
+        losses = estimate_loss()
+        say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        log(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(step))
+        if losses['val'] < best_val_loss or always_save_checkpoint:
+            best_val_loss = min(losses['val'], best_val_loss)
+            if step > first_step and not eval_only:
+                save_checkpoint()
+        if master and not eval_only:
+            run_log.draw()
+        timed_from, timed_step = time.perf_counter(), step
+    evaluated = False
+    if step >= max_iters or eval_only:
+        break
+
+    # one step: gradients summed over micro-batches and averaged over processes
+    for group in optimizer.param_groups:
+        group['lr'] = get_lr(step)
+    for i in range(max(1, len(my_micro_steps))): # a process without a share takes part with weight 0
+        share = world_size / gradient_accumulation_steps if my_micro_steps else 0.0
+        last = i + 1 >= len(my_micro_steps)
+        if ddp: # gradients meet after the last micro-batch only
+            model.require_backward_grad_sync = last
+        with autocast:
+            loss = model(x, y)[1]
+        next_places = places(step + 1, rank) if last else places(step, my_micro_steps[i + 1])
+        x, y = train_batch(next_places)
+        scaler.scale(loss * share).backward()
+    if grad_clip != 0.0:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    # say how it goes
+    if step % log_interval == 0:
+        loss = loss.item() # waits for the device; of this process's last micro-batch, as nanoGPT prints it
+        dt = (time.perf_counter() - timed_from) / (step + 1 - timed_step)
+        timed_from, timed_step = time.perf_counter(), step + 1
+        tokens_per_s = gradient_accumulation_steps * batch_size * block_size / dt
+        share_of_peak = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size / world_size, dt)
+        if share_of_peak is not None and step >= first_step + 5: # the first steps are no measure
+            mfu = share_of_peak if mfu < 0 else 0.9 * mfu + 0.1 * share_of_peak
+        # -100.00 % is nanoGPT's own mark for a figure that is not known
+        say(f"iter {step}: loss {loss:.4f}, time {dt * 1e3:.2f}ms, mfu {mfu * 100:.2f}%")
+        log(loss=loss, lr=get_lr(step), time_ms=round(dt * 1e3, 3), tokens_per_s=round(tokens_per_s),
+            mfu=round(mfu, 4) if mfu >= 0 else None)
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s" + (f", mfu {mfu:.1%}" if mfu >= 0 else ""),
+                            refresh=False)
+    step += 1
+    bar.update()
+bar.close()
+if full_val:
+    say(f"val loss over all of val.bin: {full_val_loss():.4f}")
+if master:
+    run_log.finish()
+if ddp:
+    dist.destroy_process_group()
