@@ -37,7 +37,15 @@ def write_whole(path, data):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
+        sys.exit(f"{path}: {e.strerror}")
+
+
+def remove(path):
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as e:
         sys.exit(f"{path}: {e.strerror}")
 
 
@@ -64,8 +72,8 @@ def is_prepared(folder, made_from):
 def save(folder, made_from, train, val, meta=None):
     """Replace the set in `folder` by arrays of token ids and, if given, meta.pkl; print the counts."""
     folder = Path(folder)
-    for name in ('prepared.json', 'train.bin'):
-        (folder / name).unlink(missing_ok=True)
+    remove(folder / 'prepared.json')
+    remove(folder / 'train.bin')
     files = {'meta.pkl': pickle.dumps(meta, protocol=4)} if meta else {}
     files['val.bin'], files['train.bin'] = val.tobytes(), train.tobytes()
     for name, data in files.items():
