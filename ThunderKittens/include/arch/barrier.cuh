@@ -1,0 +1,97 @@
+// Who waits for whom: mbarriers, named barriers, fences, and the registers a warpgroup may use.
+// Names in brackets are sections of the PTX ISA 9.0.
+#pragma once
+
+#include <cstdint>
+
+#define KITTENS_DEVICE __device__ __forceinline__
+// On a lambda. A call inside a wgmma stage would serialise it (C7510), so everything is inlined.
+#define KITTENS_INLINE __attribute__((always_inline))
+
+namespace kittens {
+
+// the 32-bit address that shared-memory instructions take
+KITTENS_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// A phase of an mbarrier ends when `arrivals` threads have arrived and every announced byte has landed.
+// Shared memory only; init by one thread, then fence_init and __syncthreads.
+struct semaphore {
+    uint64_t word;
+    KITTENS_DEVICE uint32_t address() const { return smem_address(&word); }
+};
+
+// [mbarrier.init] one thread
+KITTENS_DEVICE void init(semaphore& bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar.address()), "r"(arrivals) : "memory");
+}
+// [mbarrier.arrive] release: what this thread wrote or read before is done for whoever waits
+KITTENS_DEVICE void arrive(semaphore& bar) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar.address()) : "memory");
+}
+// [mbarrier.arrive.expect_tx] one arrival that also announces `bytes` to come by TMA
+KITTENS_DEVICE void expect(semaphore& bar, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(bar.address()), "r"(bytes)
+                 : "memory");
+}
+// [mbarrier.try_wait] returns once the phase of this parity is over. A fresh barrier is in phase 0: a consumer's first
+// wait is for parity 0, a producer's first wait (for a free slot) is for parity 1 and returns at once.
+// One asm block on purpose: with the loop in C++ ptxas 13.0 runs short of registers (C7512) and serialises wgmma.
+// -DKITTENS_TRAP_POLLS=1000000 turns a deadlock into a trap.
+KITTENS_DEVICE void wait(semaphore& bar, uint32_t parity) {
+#ifdef KITTENS_TRAP_POLLS
+    asm volatile(
+        "{\n.reg .pred done, late;\n.reg .u32 n;\nmov.u32 n, 0;\nAGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra.uni DONE;\n"
+        "add.u32 n, n, 1;\nsetp.gt.u32 late, n, %2;\n@late trap;\nbra.uni AGAIN;\nDONE:\n}" ::"r"(bar.address()),
+        "r"(parity), "n"(KITTENS_TRAP_POLLS)
+        : "memory");
+#else
+    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra.uni DONE;\nbra.uni AGAIN;\nDONE:\n}" ::"r"(bar.address()),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
+
+// Where in a ring of `stages` slots one stands, and the parity to wait for there.
+template <int stages> struct ring {
+    int slot = 0;
+    uint32_t parity = 0;
+    KITTENS_DEVICE void advance() {
+        if (++slot == stages) { slot = 0; parity ^= 1; }
+    }
+    // the slot handed out before this one
+    KITTENS_DEVICE ring previous() const {
+        ring r;
+        r.slot = slot == 0 ? stages - 1 : slot - 1;
+        r.parity = slot == 0 ? parity ^ 1 : parity;
+        return r;
+    }
+};
+
+// [bar.sync, bar.arrive] named barriers 1..15 (0 is __syncthreads); `threads` counts both who waits and who only arrives
+KITTENS_DEVICE void sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+KITTENS_DEVICE void arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// [fence.mbarrier_init] by the thread that ran init, before __syncthreads
+KITTENS_DEVICE void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// [fence.proxy.async] by each thread that wrote shared memory in the ordinary way, before the barrier behind which
+// wgmma or TMA reads it
+KITTENS_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// [setmaxnreg] a whole warpgroup gives registers back, or takes what others gave back; multiples of 8, 24 to 256
+template <int registers> KITTENS_DEVICE void decrease_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers> KITTENS_DEVICE void increase_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// true in one lane of the warp, always the same one: who issues TMA and arrives for the warp
+KITTENS_DEVICE bool elected_lane() { return (threadIdx.x & 31) == 0; }
+// which warpgroup this thread is in; the shuffle tells the compiler that a warp agrees on it
+KITTENS_DEVICE int warpgroup_id() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 7), 0); }
+
+} // namespace kittens

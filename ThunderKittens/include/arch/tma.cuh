@@ -1,0 +1,89 @@
+// The copy engine: tiles by tensor map, plain runs of bytes, both ways, and adding instead of storing.
+// Every function here is for one thread. [cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk]
+//
+// Coordinates are in elements, innermost first. What a box would read outside the tensor arrives as 0 (and counts as
+// arrived bytes); what it would write there is dropped. So a tail needs no code, and a coordinate may be negative.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "barrier.cuh"
+
+namespace kittens {
+namespace tma {
+
+// createpolicy's encodings for lines that will be read again, or never again
+constexpr uint64_t KEEP = 0x14F0000000000000ull; // L2::evict_last
+constexpr uint64_t PASS = 0x12F0000000000000ull; // L2::evict_first
+
+KITTENS_DEVICE void prefetch(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// box at (c0, c1, c2, c3) -> shared memory; `bar` is told of the bytes
+KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, int c0, int c1, int c2, int c3,
+                         uint64_t policy) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+                 "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+                 : "memory");
+}
+KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
+                 "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+// shared memory -> box; part of the group that the next commit() closes
+KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+// box += shared memory, element by element, in L2; the map's type says of what (float, bf16)
+KITTENS_DEVICE void reduce_add(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+                     &map),
+                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+// runs of bytes: 16-byte aligned, a multiple of 16
+KITTENS_DEVICE void load_bytes(uint32_t dst, const void* src, uint32_t bytes, semaphore& bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(bar.address())
+                 : "memory");
+}
+KITTENS_DEVICE void store_bytes(void* dst, uint32_t src, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
+                 : "memory");
+}
+KITTENS_DEVICE void reduce_add_floats(float* dst, uint32_t src, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src),
+                 "r"(bytes)
+                 : "memory");
+}
+// stores of this thread since the last commit become one group
+KITTENS_DEVICE void commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// until all but the last `groups` have read their shared memory (it may be overwritten)
+template <int groups> KITTENS_DEVICE void wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+}
+// until all but the last `groups` are written
+template <int groups> KITTENS_DEVICE void wait_written() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+} // namespace tma
+} // namespace kittens
