@@ -1,8 +1,13 @@
-"""What all tests share: no network, few threads, and the `gpu` mark."""
+"""What all tests share: no network, few threads, the `gpu` mark, a tiny data set, two ways to run a script."""
 import os
+import pickle
+import runpy
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1') # a test that reaches for the hub fails at once instead of retrying
@@ -27,3 +32,76 @@ def pytest_collection_modifyitems(items):
     for item in gpu_items:
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# -----------------------------------------------------------------------------
+# scripts
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+    names: dict = {} # the script's globals, where it ran in this process
+
+
+def run_script(script, *flags, cwd=ROOT, timeout=120, env=None, python=()):
+    """Run a script as a user does, in a process of its own."""
+    done = subprocess.run([PYTHON, *python, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a script in this process, where torch is loaded already: a traceback fails the test by itself."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, 'argv', [str(ROOT / script), *map(str, flags)])
+        capsys.readouterr()
+        status, last_line, names = 0, '', {}
+        try:
+            names = runpy.run_path(str(ROOT / script), run_name='__main__')
+        except SystemExit as e: # the interpreter would print a text and exit with 1
+            status, last_line = (1, f'{e.code}\n') if isinstance(e.code, str) else (e.code or 0, '')
+        out, err = capsys.readouterr()
+        return Ran(status, out, err + last_line, names)
+    yield run
+    torch.set_num_threads(threads)
+
+
+def assert_refused(ran, *words):
+    """One line on stderr that holds all the words, and exit status 1."""
+    assert ran.status == 1, ran
+    assert ran.err.count('\n') == 1, ran.err
+    for word in words:
+        assert word in ran.err
+
+
+# -----------------------------------------------------------------------------
+# a tiny data set
+
+CHARS = "\n abcdefghijklmnop.:"
+TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
+        '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=4', '--max_iters=8',
+        '--warmup_iters=2', '--lr_decay_iters=8', '--learning_rate=1e-2']
+
+
+def write_ids(path, ids, dtype=np.uint16):
+    Path(path).write_bytes(np.asarray(ids, dtype=dtype).tobytes())
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """data/tiny, a set of 21 characters, in an empty folder that is the current one during the test."""
+    folder = tmp_path / 'data' / 'tiny'
+    folder.mkdir(parents=True)
+    words = np.random.default_rng(0).integers(len(CHARS), size=(40, 5)) # 40 words in random order: worth learning
+    for split, n in (('train', 800), ('val', 100)):
+        write_ids(folder / f'{split}.bin', words[np.random.default_rng(n).integers(40, size=n)].reshape(-1))
+    meta = {'vocab_size': len(CHARS), 'itos': dict(enumerate(CHARS)), 'stoi': {c: i for i, c in enumerate(CHARS)}}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    monkeypatch.chdir(tmp_path)
+    return folder
