@@ -318,4 +318,6 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name):
     """Peak dense bf16 FLOP/s of a device by its name, None where it is not in the table."""
+    if ' MIG ' in device_name: # a slice of a card
+        return None
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device_name)), None)
