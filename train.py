@@ -5,10 +5,12 @@ Trains a GPT, on one device or, under torchrun, on many.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py
 
-In out_dir it leaves ckpt.pt, log.csv and loss.png.
+In out_dir it leaves checkpoints, log.csv and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C) and
+SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
 """
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -20,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import RunLog, read_checkpoint, write_checkpoint
+from data.run import Checkpoints, RunLog, StopSignal, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 
@@ -34,7 +36,9 @@ log_interval = 1 # steps
 eval_iters = 200 # batches of each split in an evaluation
 eval_only = False # evaluate once, then stop
 full_val = False # after the last step, the loss over all of val.bin
-always_save_checkpoint = True # at every evaluation, not only when the val loss is the best so far
+always_save_checkpoint = True # ckpt.pt is the latest evaluation's; False: the one with the best val loss
+save_interval = 0 # steps between checkpoints to go on from; 0 saves them at evaluations only
+keep_last = 2 # so many checkpoints to go on from stay
 init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder in transformers' format
 # wandb.ai
 wandb_log = False
@@ -59,6 +63,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0 # 0 clips nothing
+max_bad_steps = 20 # steps with a NaN or Inf are skipped; so many in a row end the run
 # learning rate decay
 decay_lr = True
 warmup_iters = 2000
@@ -91,10 +96,11 @@ def say(line):
 def check_settings():
     """The mistakes that a type does not show."""
     for name in ('gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'eval_iters',
-                 'log_interval', 'lr_decay_iters'):
+                 'log_interval', 'lr_decay_iters', 'keep_last', 'max_bad_steps'):
         if config[name] < 1:
             sys.exit(f"--{name} must be at least 1, not {config[name]}")
-    for name in ('max_iters', 'warmup_iters', 'grad_clip', 'weight_decay', 'learning_rate', 'min_lr', 'seed'):
+    for name in ('max_iters', 'warmup_iters', 'grad_clip', 'weight_decay', 'learning_rate', 'min_lr', 'seed',
+                 'save_interval'):
         if not 0 <= config[name] < math.inf:
             sys.exit(f"--{name} must be at least 0 and finite, not {config[name]}")
     for name in ('beta1', 'beta2'):
@@ -111,12 +117,19 @@ def check_settings():
 
 
 check_settings()
-checkpoint = read_checkpoint(Path(out_dir, 'ckpt.pt')) if init_from == 'resume' else {}
+run_id = os.environ.get('TORCHELASTIC_RUN_ID', '')
+checkpoint = {}
+if init_from == 'resume':
+    checkpoint = newest_checkpoint(out_dir, say)
+elif int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and list(Path(out_dir).glob('last-*.pt')):
+    found = newest_checkpoint(out_dir, say)
+    if found.get('run_id') == run_id: # torchrun started this run again: it goes on, whatever it began from
+        init_from, checkpoint = 'resume', found
 if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
     config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
 choose(config)
 device, dtype, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'compile', 'TK_kernel'))
-device_type = torch.device(device).type
+device_type, control = torch.device(device).type, None
 if ddp:
     if device_type == 'cuda':
         torch.cuda.set_device(device)
@@ -125,6 +138,7 @@ if ddp:
     if backend == 'nccl' and device_type != 'cuda':
         sys.exit(f"--backend=nccl needs CUDA devices, not {device}; gloo runs anywhere")
     dist.init_process_group(backend=backend)
+    control = dist.new_group(backend='gloo') # small words between the processes, beside the gradients
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -188,7 +202,7 @@ def make_model():
                               n_head=n_head, n_embd=n_embd, bias=bias, **ours))
     elif init_from == 'resume':
         model = GPT.from_checkpoint(checkpoint, **ours)
-        say(f"resuming from {out_dir}/ckpt.pt")
+        say(f"resuming from step {checkpoint.get('iter_num', 0)} in {out_dir}")
     else:
         model = GPT.from_pretrained(init_from, ours)
         say(f"weights of {init_from}")
@@ -217,14 +231,15 @@ if init_from == 'resume':
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
     except (KeyError, ValueError) as e:
-        sys.exit(f"{out_dir}/ckpt.pt: its optimizer state does not fit ({e})")
+        sys.exit(f"{out_dir}: the checkpoint's optimizer state does not fit ({e})")
     for group in optimizer.param_groups: # a run may move to another kind of device
         group['fused'] = device_type == 'cuda'
     if 'scaler' in checkpoint and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
     states = checkpoint.get('ranks', [])
     resumed = states[rank] if len(states) == world_size else {}
-best_val_loss = float(best_val_loss)
+best_val_loss, wandb_id = float(best_val_loss), checkpoint.get('wandb_id')
+mfu, resume_evaluated = checkpoint.get('mfu', -1.0), checkpoint.get('evaluated', False)
 checkpoint = None # free its memory
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
@@ -289,21 +304,24 @@ def rank_state():
     return state
 
 
-def save_checkpoint():
-    """ckpt.pt: nanoGPT's six entries, and ours that it does not look at. All processes call this together."""
+def save_checkpoint(*names):
+    """
+    last-STEP.pt, and the same under `names`: nanoGPT's six entries, and ours that it does not look at.
+    All processes call this together.
+    """
     states = [rank_state()]
     if ddp:
         states = [None] * world_size
-        dist.all_gather_object(states, rank_state())
+        dist.all_gather_object(states, rank_state(), group=control)
     if not master:
         return
-    why_not = write_checkpoint({
+    say(f"saving checkpoint to {out_dir}")
+    checkpoints.save({
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
         'model_args': raw_model.config.model_args(), 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
-        'gelu': raw_model.config.gelu, 'tokenizer': meta, 'scaler': scaler.state_dict(), 'ranks': states,
-    }, Path(out_dir, 'ckpt.pt'))
-    say(f"warning: no checkpoint at step {step} ({why_not}); {out_dir}/ckpt.pt is as it was" if why_not
-        else f"saving checkpoint to {out_dir}")
+        'gelu': raw_model.config.gelu, 'tokenizer': meta, 'scaler': scaler.state_dict(), 'ranks': states, 'mfu': mfu,
+        'evaluated': evaluated, 'run_id': run_id, 'wandb_id': run_log.wandb_run.id if run_log.wandb_run else None,
+    }, names)
 
 
 def log(**row):
@@ -313,39 +331,73 @@ def log(**row):
 
 
 run_log = RunLog(out_dir, step, f"{dataset}, {raw_model.get_num_params() / 1e6:.1f}M", say) if master else None
+checkpoints = Checkpoints(out_dir, keep_last, say) if master else None
 if wandb_log and master:
-    run_log.start_wandb(wandb_project, wandb_run_name, config)
+    run_log.start_wandb(wandb_project, wandb_run_name, config, wandb_id)
+
+
+# the guard: a step whose loss or gradients are not finite changes nothing, decided on the device
+bad_in_a_row, bad_in_all = torch.zeros((), device=device), torch.zeros((), device=device)
+
+
+def update(loss):
+    """Clip and step, unless `loss` or a gradient is not finite on any process."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    bad = (~(norm.isfinite() & loss.isfinite())).float()
+    if ddp:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if scaler.is_enabled() or device_type == 'cuda':
+        if not scaler.is_enabled():
+            optimizer.found_inf = bad # the fused AdamW heeds it as under a GradScaler, and nobody waits
+        scaler.step(optimizer)
+        scaler.update()
+    elif not bad:
+        optimizer.step()
+    bad_in_a_row.add_(1).mul_(bad)
+    bad_in_all.add_(bad)
+    optimizer.zero_grad(set_to_none=True)
+
 
 # training
-first_step = step
+first_step, bad_said = step, 0
+evaluated = bool(resumed) and resume_evaluated # the run that saved this had just evaluated
+stop = StopSignal(control)
 if resumed:
     torch.set_rng_state(resumed['cpu_rng'])
     if device_type == 'cuda' and 'cuda_rng' in resumed:
         torch.cuda.set_rng_state(resumed['cuda_rng'], device)
+elif step > 0: # another number of processes: new random numbers, not those of the run's beginning again
+    torch.manual_seed(seed + 1_000_003 * step + rank)
 next_places = resumed['next_places'] if resumed else places(step, rank)
 x, y = train_batch(next_places)
-evaluated = bool(resumed) and not eval_only # the run that saved this had just evaluated
 bar = tqdm(total=max_iters, initial=step, disable=not master, unit='step', dynamic_ncols=True,
            mininterval=0.5 if sys.stderr.isatty() else 30)
-mfu, dt, timed_from, timed_step = -1.0, 0.0, time.perf_counter(), step
+timed_from, timed_step = time.perf_counter(), step
 while True:
     # evaluate, and keep what is good
-    if (step % eval_interval == 0 or step >= max_iters or eval_only) and not evaluated:
+    if eval_only or not evaluated and (step % eval_interval == 0 or step >= max_iters):
         losses = estimate_loss()
         say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         log(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(step))
-        if losses['val'] < best_val_loss or always_save_checkpoint:
-            best_val_loss = min(losses['val'], best_val_loss)
-            if step > first_step and not eval_only:
-                save_checkpoint()
-        if master and not eval_only:
+        if eval_only:
+            break
+        is_best = losses['val'] < best_val_loss
+        best_val_loss, evaluated = min(losses['val'], best_val_loss), True
+        if step > first_step:
+            save_checkpoint(*(['ckpt.pt'] if is_best or always_save_checkpoint else []), *(['best.pt'] * is_best))
+        if master:
             run_log.draw()
         timed_from, timed_step = time.perf_counter(), step
-    evaluated = False
-    if step >= max_iters or eval_only:
+    elif step > first_step and (stop.agreed or save_interval and step % save_interval == 0):
+        save_checkpoint()
+    if step >= max_iters or stop.agreed:
         break
+    evaluated = False
 
     # one step: gradients summed over micro-batches and averaged over processes
+    stop.ask_all()
+    total = 0.0
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step)
     for i in range(max(1, len(my_micro_steps))): # a process without a share takes part with weight 0
@@ -358,12 +410,8 @@ while True:
         next_places = places(step + 1, rank) if last else places(step, my_micro_steps[i + 1])
         x, y = train_batch(next_places)
         scaler.scale(loss * share).backward()
-    if grad_clip != 0.0:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+        total += loss.detach()
+    update(total)
 
     # say how it goes
     if step % log_interval == 0:
@@ -380,12 +428,23 @@ while True:
             mfu=round(mfu, 4) if mfu >= 0 else None)
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s" + (f", mfu {mfu:.1%}" if mfu >= 0 else ""),
                             refresh=False)
+        bad = int(bad_in_all)
+        if bad > bad_said:
+            say(f"warning: {bad - bad_said} steps up to {step} had a NaN or Inf and were skipped")
+            bad_said = bad
+        if bad_in_a_row >= max_bad_steps:
+            sys.exit(f"{int(bad_in_a_row)} steps in a row had a NaN or Inf; the last good checkpoint is in {out_dir}")
     step += 1
     bar.update()
+    stop.agree()
 bar.close()
-if full_val:
+if full_val and not stop.agreed:
     say(f"val loss over all of val.bin: {full_val_loss():.4f}")
 if master:
+    checkpoints.wait()
     run_log.finish()
 if ddp:
     dist.destroy_process_group()
+if stop.agreed:
+    say(f"stopped by {signal.Signals(int(stop.agreed)).name} after step {step}; --init_from=resume goes on")
+    sys.exit(128 + int(stop.agreed))

@@ -1,56 +1,199 @@
 """
 What a run leaves in out_dir.
 
-    ckpt.pt     nanoGPT's file: a dict with model, optimizer, model_args, iter_num, best_val_loss and config;
-                what is ours stands beside these keys, and nanoGPT does not look at it
-    log.csv     a row for every line that train.py prints
-    loss.png    the loss curves so far
+    ckpt.pt         nanoGPT's file, and what sample.py reads: the best, or the latest with always_save_checkpoint
+    best.pt         the lowest val loss so far
+    last-STEP.pt    the newest few, to go on from; they and the two above share their bytes on the disk
+    log.csv         a row for every line that train.py prints
+    loss.png        the loss curves so far
 
-A file is written whole or not at all, and read without running anything that it holds.
+and how it is stopped: StopSignal.
+
+A checkpoint is a dict with nanoGPT's model, optimizer, model_args, iter_num, best_val_loss and config; what is
+ours stands beside these keys, and nanoGPT does not look at it. A file is written whole or not at all, checked
+when it is read, and read without running anything that it holds.
 """
 import csv
 import os
 import pickle
+import signal
 import sys
+import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
-def write_checkpoint(checkpoint, path):
+class Checkpoints:
     """
-    Write aside, then rename, so that whenever the process is killed `path` holds a whole checkpoint.
-    Returns '' or, where the disk refused, the reason in a few words; what was at `path` is then still there.
+    Writes checkpoints beside the training: save() takes a copy and returns, a thread writes it.
+
+    out_dir    the folder; it exists
+    keep_last  how many last-STEP.pt stay
+    say        prints a line
     """
-    part = Path(f'{path}.part')
+
+    def __init__(self, out_dir, keep_last, say):
+        self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
+        for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
+            part.unlink(missing_ok=True)
+
+    def save(self, checkpoint, names):
+        """Copy the checkpoint as it is now, and write it as last-STEP.pt and under each of `names`."""
+        self.wait() # two at a time would only share the disk
+        copied, arrived = _copy(checkpoint)
+        self.thread = threading.Thread(target=self._write, args=(copied, arrived, names))
+        self.thread.start()
+
+    def wait(self):
+        """Until the checkpoint that is being written, if any, is on the disk."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, checkpoint, arrived, names):
+        last = self.out_dir / f"last-{checkpoint['iter_num']:08d}.pt"
+        try:
+            _replace(last, lambda part: _torch_save(_to_cpu(checkpoint, arrived), part))
+            for name in names:
+                _replace(self.out_dir / name, lambda part: _link(last, part))
+            for old in sorted(self.out_dir.glob('last-*.pt'))[:-self.keep_last]:
+                old.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as e: # torch.save turns a full disk into a RuntimeError
+            reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
+            self.say(f"warning: no checkpoint at step {checkpoint['iter_num']} ({reason}); the earlier ones are whole")
+
+
+def _replace(path, write):
+    """Write aside, then rename: whenever the process is killed, `path` is whole, the old one or the new one."""
+    part = path.with_name(path.name + '.part')
     try:
-        with open(part, 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
+        part.unlink(missing_ok=True)
+        write(part)
         os.replace(part, path)
-        return ''
-    except (OSError, RuntimeError) as e: # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError):
         try:
             part.unlink(missing_ok=True)
         except OSError:
             pass # the folder went read-only: the half-written file bears another name and harms nobody
-        return getattr(e, 'strerror', None) or str(e).splitlines()[0]
+        raise
+
+
+def _torch_save(checkpoint, path):
+    with open(path, 'wb') as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _link(source, path):
+    """A second name for the same bytes; a copy where the file system has no such thing."""
+    try:
+        os.link(source, path)
+    except OSError:
+        path.write_bytes(source.read_bytes())
+
+
+def _map_tensors(value, f):
+    if isinstance(value, torch.Tensor):
+        return f(value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, f) for k, v in value.items()}
+    return [_map_tensors(v, f) for v in value] if isinstance(value, list) else value
+
+
+def _copy(checkpoint):
+    """
+    The checkpoint with its tensors copied where they are, and the event after which the copies are complete (None
+    on a CPU). On a GPU with less room than the copies need, they go to the host at once, and training waits.
+    """
+    seen = {} # tied weights stay tied
+    tensors = []
+    _map_tensors(checkpoint, lambda t: tensors.append(t) or t)
+    on_gpu = [t for t in tensors if t.is_cuda]
+    room = not on_gpu or torch.cuda.mem_get_info(on_gpu[0].device)[0] > 1.1 * sum(t.nbytes for t in on_gpu)
+
+    def copy(t):
+        if t.data_ptr() not in seen or seen[t.data_ptr()].shape != t.shape:
+            seen[t.data_ptr()] = t.detach().clone() if room else t.detach().cpu()
+        return seen[t.data_ptr()]
+    return _map_tensors(checkpoint, copy), torch.cuda.current_stream().record_event() if on_gpu else None
+
+
+def _to_cpu(checkpoint, arrived):
+    """The copies on the host, moved on a stream of their own so that training does not wait."""
+    if arrived is None:
+        return checkpoint
+    seen = {}
+
+    def move(t):
+        if t.is_cuda and t.data_ptr() not in seen:
+            seen[t.data_ptr()] = t.cpu()
+        return seen[t.data_ptr()] if t.is_cuda else t
+    with torch.cuda.stream(torch.cuda.Stream(arrived.device)):
+        arrived.wait()
+        return _map_tensors(checkpoint, move)
+
+
+def newest_checkpoint(out_dir, say):
+    """
+    The newest whole checkpoint in out_dir, to go on from; damaged ones are named and passed over.
+    SystemExit with one line where there is none.
+    """
+    found = []
+    for path in [Path(out_dir, 'ckpt.pt'), Path(out_dir, 'best.pt'), *Path(out_dir).glob('last-*.pt')]:
+        try:
+            checkpoint = _load(path)
+            found.append((checkpoint['iter_num'], path.name, checkpoint))
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError) as e:
+            say(f"warning: {path} is not a whole checkpoint ({e}); it is passed over")
+    for step, name, checkpoint in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        why_not = _why_damaged(Path(out_dir, name))
+        if not why_not:
+            return checkpoint
+        say(f"warning: {out_dir}/{name} of step {step} is damaged ({why_not}); it is passed over")
+    sys.exit(f"{out_dir}: no whole checkpoint there; train first, or name another --out_dir")
 
 
 def read_checkpoint(path):
     """The dict in a ckpt.pt of ours or nanoGPT's, on the CPU; SystemExit with one line if there is no whole one."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+        checkpoint = _load(path)
     except FileNotFoundError:
         sys.exit(f"{path}: no checkpoint there; train first, or name another --out_dir")
+    except ValueError as e:
+        sys.exit(f"{path}: {e}")
+    why_not = _why_damaged(path)
+    return sys.exit(f"{path}: damaged ({why_not})") if why_not else checkpoint
+
+
+def _load(path):
+    """What torch.load gives, FileNotFoundError, or ValueError with the reason in a few words."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise
     except OSError as e:
-        sys.exit(f"{path}: {e.strerror}")
+        raise ValueError(e.strerror) from None
     except pickle.UnpicklingError as e:
-        sys.exit(f"{path}: damaged, or it holds more than weights and plain values ({str(e).splitlines()[0]})")
-    except (RuntimeError, EOFError, ValueError, KeyError) as e:
-        sys.exit(f"{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'it ends early'})")
+        raise ValueError(f"damaged, or it holds more than weights and plain values: {str(e).splitlines()[0]}") from None
+    except Exception as e: # damaged bytes can raise anything in torch's reader; every case becomes one line
+        raise ValueError(f"damaged: {type(e).__name__} {str(e).splitlines()[0] if str(e) else ''}".strip()) from None
+
+
+def _why_damaged(path):
+    """'' where every entry of the file fits its checksum, else the reason; files of torch before 1.6 have none."""
+    try:
+        with zipfile.ZipFile(path) as entries:
+            bad = entries.testzip()
+            return f"the checksum of {bad} is wrong" if bad else ''
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as e:
+        return '' if not zipfile.is_zipfile(path) else str(e)
 
 
 class RunLog:
@@ -58,7 +201,7 @@ class RunLog:
     log.csv, loss.png and, if asked for, wandb. A disk or a network that refuses is a warning, and the run goes on.
 
     out_dir     the folder; it exists
-    first_step  rows of an earlier run up to this step are kept, 0 starts anew
+    first_step  rows of an earlier run before this step are kept, 0 starts anew
     title       of the picture
     say         prints a line
     """
@@ -75,7 +218,9 @@ class RunLog:
             return []
         with open(self.csv_path, newline='', encoding='utf-8', errors='replace') as f:
             rows = [{k: row.get(k) for k in self.FIELDS} for row in csv.DictReader(f)]
-        return [row for row in rows if (row['step'] or '').isdigit() and int(row['step']) <= first_step]
+        at = [int(row['step']) if (row['step'] or '').isdigit() else first_step + 1 for row in rows]
+        return [row for row, step in zip(rows, at) # of the first step itself, only its evaluation has been
+                if step < first_step or step == first_step and row['val_loss']]
 
     def _write(self, mode, rows):
         try:
@@ -89,14 +234,16 @@ class RunLog:
             self.say(f"warning: {line}")
             self.warned.add(line)
 
-    def start_wandb(self, project, name, config):
+    def start_wandb(self, project, name, config, run_id=None):
+        """A wandb run, the same one again where `run_id` is given; without key or network a warning."""
         try:
             import wandb
         except ImportError:
             return self._warn("no wandb log, the package is not installed; log.csv has it all")
         try:
             settings = wandb.Settings(init_timeout=20, login_timeout=20)
-            self.wandb_run = wandb.init(project=project, name=name, config=config, settings=settings)
+            self.wandb_run = wandb.init(project=project, name=name, config=config, settings=settings, id=run_id,
+                                        resume='allow' if run_id else None)
         except wandb.Error as e:
             self._warn(f"no wandb log ({str(e).splitlines()[0]}); log.csv has it all")
 
@@ -132,3 +279,38 @@ class RunLog:
     def finish(self):
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+class StopSignal:
+    """
+    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask the run to stop after its step; a second Ctrl-C ends it at once.
+
+    group    of all processes, for tensors on the CPU; None for a single process
+    agreed   () int32: the signal's number once every process knows, until then 0
+    """
+
+    def __init__(self, group=None):
+        self.group, self.work = group, None
+        self.mine = torch.zeros((), dtype=torch.int32)
+        self.agreed = torch.zeros_like(self.mine) if group else self.mine
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if number == signal.SIGINT and self.mine.item() == number:
+            os._exit(128 + number)
+        self.mine.fill_(number)
+
+    def ask_all(self):
+        """Begin to find out whether any process was asked; all processes call this together, then agree()."""
+        if self.group:
+            self.agreed.copy_(self.mine)
+            self.work = dist.all_reduce(self.agreed, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    def agree(self):
+        """Wait for the others' answers; SystemExit with one line where one of them is gone."""
+        if self.group:
+            try:
+                self.work.wait()
+            except RuntimeError as e:
+                sys.exit(f"another process of this run is gone, its own message says why ({str(e).splitlines()[0]})")
