@@ -245,12 +245,14 @@ class GPT(nn.Module):
         if getattr(hf_config, 'activation_function', None) not in ('gelu_new', 'gelu_pytorch_tanh', 'gelu'):
             raise ValueError(f"activation gelu_new or gelu, got {getattr(hf_config, 'activation_function', None)}")
         del hf
-        transposed = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-        for name in weights: # OpenAI's Conv1D keeps (in, out), a Linear (out, in)
-            if name.endswith(transposed):
+        bias = getattr(hf_config, 'nanogpt_bias', True) # data/export.py fills absent biases with zeros, and says so
+        for name in list(weights):
+            if name.endswith(TRANSPOSED):
                 weights[name] = weights[name].t().contiguous()
+            elif name.endswith('.bias') and not bias:
+                del weights[name]
         config = GPTConfig(block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, n_layer=hf_config.n_layer,
-                           n_head=hf_config.n_head, n_embd=hf_config.n_embd, bias=True,
+                           n_head=hf_config.n_head, n_embd=hf_config.n_embd, bias=bias,
                            gelu='none' if hf_config.activation_function == 'gelu' else 'tanh', **(override_args or {}))
         return cls.from_state_dict(config, weights)
 
@@ -308,6 +310,9 @@ def pick(logits, temperature=1.0, top_k=None):
         logits = logits.masked_fill(logits < kth, -float('inf'))
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
+
+# OpenAI's Conv1D, and so transformers' GPT-2, keeps these as (in, out), a Linear as (out, in).
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 
 # Peak dense bf16 FLOP/s by device name, from the vendor's datasheets; the first name that fits wins.
 PEAK_FLOPS = {

@@ -156,16 +156,21 @@ def tiny_layout(markdown):
 # tokenizers
 
 def gpt2_encoding():
-    """tiktoken's GPT-2 encoding; its two files are fetched once and kept in $TIKTOKEN_CACHE_DIR or data/.cache."""
+    """tiktoken's GPT-2 encoding."""
     import tiktoken # here, since character-level work runs without it
+    os.environ['TIKTOKEN_CACHE_DIR'] = str(gpt2_files()['vocab.bpe'].parent) # where tiktoken looks
+    return tiktoken.get_encoding('gpt2')
+
+
+def gpt2_files():
+    """{name: path} of vocab.bpe and encoder.json, fetched once and kept in $TIKTOKEN_CACHE_DIR or data/.cache."""
     cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or CACHE)
     missing = [name for name in GPT2_FILES if not is_cached(cache, name)]
     if missing:
         make_folder(cache)
         for name, data in fetch_gpt2_files(missing).items():
             write_whole(cache / cache_name(name), data)
-    os.environ['TIKTOKEN_CACHE_DIR'] = str(cache) # where tiktoken looks
-    return tiktoken.get_encoding('gpt2')
+    return {name: cache / cache_name(name) for name in GPT2_FILES}
 
 
 def cache_name(name):
