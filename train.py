@@ -234,6 +234,8 @@ if init_from == 'resume':
         sys.exit(f"{out_dir}: the checkpoint's optimizer state does not fit ({e})")
     for group in optimizer.param_groups: # a run may move to another kind of device
         group['fused'] = device_type == 'cuda'
+    for p, state in optimizer.state.items(): # a cropped model needs the averages of what is left
+        state.update({k: t[:len(p)].clone() for k, t in state.items() if t.dim() and t.shape != p.shape})
     if 'scaler' in checkpoint and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
     states = checkpoint.get('ranks', [])
@@ -369,7 +371,9 @@ if resumed:
         torch.cuda.set_rng_state(resumed['cuda_rng'], device)
 elif step > 0: # another number of processes: new random numbers, not those of the run's beginning again
     torch.manual_seed(seed + 1_000_003 * step + rank)
-next_places = resumed['next_places'] if resumed else places(step, rank)
+waiting = resumed.get('next_places', []) # the batch that the saved run had drawn, if this data and batch size have it
+fits = data_order == 'random' and len(waiting) == batch_size and max(waiting) < data['train'].n_starts
+next_places = waiting if fits else places(step, rank)
 x, y = train_batch(next_places)
 bar = tqdm(total=max_iters, initial=step, disable=not master, unit='step', dynamic_ncols=True,
            mininterval=0.5 if sys.stderr.isatty() else 30)
