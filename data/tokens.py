@@ -3,7 +3,8 @@ How a data set is read: train.bin or train_*.bin, val.bin or val_*.bin, and meta
 
 A .bin file holds token ids and nothing else (nanoGPT's format, uint16 unless meta.pkl says
 uint32), or the 256 x int32 header of llm.c's GPT-2 shards before them; a set is one file or
-many. Nothing is loaded: a batch reads just its own places, and is checked as it is read.
+many. Nothing is loaded: a batch reads just its own places. Ids are checked at the start, those of a
+large file as they are read.
 """
 import io
 import pickle
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+CHECK_AT_START_tokens = 50_000_000 # of a file; a fraction of a second
 SHARD_MAGIC, SHARD_HEADER_bytes = 20240520, 1024 # llm.c's .bin header: magic, version, count, ..., 256 int32
 
 
@@ -68,6 +70,9 @@ class Tokens:
         if self.n_starts < 1:
             sys.exit(f"{self.paths[0]}: {max(lengths):,} tokens are too few for block_size={block_size}; "
                      f"at most {max(lengths) - 1} fits")
+        for path, header_bytes, n in zip(self.paths, self.headers, lengths):
+            if n <= CHECK_AT_START_tokens:
+                self._check(path, np.memmap(path, dtype=self.dtype, mode='r', offset=header_bytes))
 
     @property
     def n_starts(self):
@@ -115,11 +120,14 @@ class Tokens:
             # opened anew each time: a map that lives on keeps every page it ever touched
             data = np.memmap(self.paths[file], dtype=self.dtype, mode='r', offset=self.headers[file])
             row[:] = data[offset:offset + self.block_size + 1]
-        if ids.max() >= self.vocab_size:
-            sys.exit(f"{self.paths[files[0]]}: token id {ids.max()} is not below vocab_size={self.vocab_size}; "
-                     "prepare the data again or choose another dataset")
+            self._check(self.paths[file], row)
         ids = torch.from_numpy(ids)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous() # (B, T) each
+
+    def _check(self, path, ids):
+        if ids.max() >= self.vocab_size:
+            sys.exit(f"{path}: token id {ids.max()} is not below vocab_size={self.vocab_size}; "
+                     "prepare the data again or choose another dataset")
 
 
 def tokenizer(meta):
