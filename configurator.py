@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 MASTER = int(os.environ.get('RANK', 0)) == 0 # under torchrun one process speaks for all
+BUILD_KERNEL = 'python ThunderKittens/examples/attn_causal/h100_fwd_setup.py build'
 
 
 def configure(namespace, auto=None, argv=None):
@@ -127,7 +128,8 @@ def choose(settings, for_training=True):
         settings['compile'] = for_training and device_type == 'cuda' and torch.cuda.get_device_capability() >= (7, 0)
     why_not = _why_no_kernel(settings, device_type, for_training, attn_causal)
     if settings['TK_kernel'] is True and why_not:
-        sys.exit(f"--TK_kernel=True cannot run here: {why_not}")
+        hint = "" if BUILD_KERNEL in why_not else f" (what builds it: {BUILD_KERNEL})"
+        sys.exit(f"--TK_kernel=True cannot run here: {why_not}{hint}")
     if settings['TK_kernel'] == 'auto':
         settings['TK_kernel'] = not why_not
     if auto and MASTER:
