@@ -19,6 +19,7 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -175,7 +176,9 @@ def read_checkpoint(path):
 def _load(path):
     """What torch.load gives, FileNotFoundError, or ValueError with the reason in a few words."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # torch wonders at foreign pickles; the refusals below say it all
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise
     except OSError as e:
