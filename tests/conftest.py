@@ -2,6 +2,7 @@
 import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def run_here(monkeypatch, capsys):
     """Run a script in this process, where torch is loaded already: a traceback fails the test by itself."""
     import torch
     threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     torch.set_num_threads(1)
 
     def run(script, *flags):
@@ -70,6 +72,8 @@ def run_here(monkeypatch, capsys):
         return Ran(status, out, err + last_line, names)
     yield run
     torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def assert_refused(ran, *words):
@@ -95,7 +99,7 @@ def write_ids(path, ids, dtype=np.uint16):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """data/tiny, a set of 21 characters, in an empty folder that is the current one during the test."""
+    """data/tiny, a set of 20 characters, in an empty folder that is the current one during the test."""
     folder = tmp_path / 'data' / 'tiny'
     folder.mkdir(parents=True)
     words = np.random.default_rng(0).integers(len(CHARS), size=(40, 5)) # 40 words in random order: worth learning
