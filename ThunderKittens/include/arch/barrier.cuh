@@ -89,6 +89,12 @@ template <int registers> KITTENS_DEVICE void increase_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
+// [griddepcontrol.launch_dependents] the next kernel of the stream, if launched as a dependent one, may start to take the
+// multiprocessors that this one leaves
+KITTENS_DEVICE void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// [griddepcontrol.wait] in a dependent kernel, before it reads what the one before it wrote
+KITTENS_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // true in one lane of the warp, always the same one: who issues TMA and arrives for the warp
 KITTENS_DEVICE bool elected_lane() { return (threadIdx.x & 31) == 0; }
 // which warpgroup this thread is in; the shuffle tells the compiler that a warp agrees on it

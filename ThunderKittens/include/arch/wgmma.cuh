@@ -26,8 +26,12 @@ template <int groups> KITTENS_DEVICE void wait() {
 // (a transposed operand wider than 64). [Asynchronous Warpgroup Level Matrix Shared Memory Layout]
 KITTENS_DEVICE uint64_t descriptor(uint32_t address, uint32_t panel_bytes = 16) {
     constexpr uint64_t rows_of_8_at_1024_bytes = 64ull << 32, swizzle_128_bytes = 1ull << 62;
-    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>((panel_bytes >> 4) & 0x3fff) << 16 |
-           rows_of_8_at_1024_bytes | swizzle_128_bytes;
+    return rows_of_8_at_1024_bytes | swizzle_128_bytes | (((panel_bytes >> 4) & 0x3fff) << 16 | address >> 4);
+}
+// The same operand `bytes` further on (and its panels `panel_bytes` further apart): one 32-bit addition, no carry.
+KITTENS_DEVICE uint64_t advance(uint64_t descriptor, int bytes, int panel_bytes = 0) {
+    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4) + (static_cast<uint32_t>(panel_bytes >> 4) << 16);
+    return (descriptor & 0xffffffff00000000ull) | low;
 }
 
 // operand lists, so that each width below is one line

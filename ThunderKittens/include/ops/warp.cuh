@@ -81,6 +81,17 @@ template <int C> KITTENS_DEVICE void hide_above_diagonal(rt_fl<C>& dst, int firs
     }
 }
 
+// dst[r][c] = value where c < r + first_row
+// the same for scores that are kept transposed
+template <int C> KITTENS_DEVICE void hide_below_diagonal(rt_fl<C>& dst, int first_row, float value) {
+    const int visible0 = row_of(0) + first_row - col_of(), visible1 = row_of(1) + first_row - col_of();
+#pragma unroll
+    for (int i = 0; i < C / 2; i++) {
+        const int col = 8 * (i / 4) + i % 2;
+        if (col < ((i & 2) ? visible1 : visible0)) dst.data[i] = value;
+    }
+}
+
 // dst[row + r][c] = src[r][c], 16 rows
 // stmatrix into the swizzle; fence_async before TMA or wgmma reads it
 template <class Tile, int C> KITTENS_DEVICE void store(const Tile& dst, int row, const rt_bf<C>& src) {
@@ -122,10 +133,11 @@ template <int N, class A, class B> KITTENS_DEVICE void mma_ABt(rt_fl<N>& d, cons
     for (int k = 0; k < A::cols / 16; k++) {
         uint32_t a_reg[4];
         ldmatrix(a_reg, a.address(row + (lane & 15), 2 * k + (lane >> 4)));
+        const uint32_t b_rows = b.address((lane >> 4) * 8 + (lane & 7), 2 * k + ((lane >> 3) & 1));
 #pragma unroll
         for (int n = 0; n < N; n += 16) {
             uint32_t b_reg[4]; // rows n..n+7 and n+8..n+15 of b, each with both halves of this k
-            ldmatrix(b_reg, b.address(n + ((lane >> 4) & 1) * 8 + (lane & 7), 2 * k + ((lane >> 3) & 1)));
+            ldmatrix(b_reg, b_rows + n * 128);
             mma_16x8(acc[n / 8], a_reg, b_reg[0], b_reg[1]);
             mma_16x8(acc[n / 8 + 1], a_reg, b_reg[2], b_reg[3]);
         }

@@ -23,11 +23,11 @@ template <int C> KITTENS_DEVICE void pin(rt_fl<C>& d) {
 
 // Descriptor of step k (16 of K) of an operand whose rows are contiguous along K ...
 template <class Tile> KITTENS_DEVICE uint64_t along_k(const Tile& t, int k) {
-    return wgmma::descriptor(t.address() + (k / 4) * Tile::panel_bytes + (k % 4) * 32);
+    return wgmma::advance(wgmma::descriptor(t.address()), (k / 4) * Tile::panel_bytes + (k % 4) * 32);
 }
 // ... and of one whose rows run along K, each row contiguous along M or N.
 template <class Tile> KITTENS_DEVICE uint64_t across_k(const Tile& t, int k) {
-    return wgmma::descriptor(t.address() + k * 2048, Tile::panel_bytes);
+    return wgmma::advance(wgmma::descriptor(t.address(), Tile::panel_bytes), k * 2048);
 }
 
 // d[m][n] (+)= sum over k of a[m][k] b[n][k]

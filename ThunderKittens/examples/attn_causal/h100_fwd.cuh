@@ -1,0 +1,25 @@
+// h100_fwd.cuh: what the front end calls; plain pointers and sizes, no CUDA types
+#pragma once
+
+#include <cstdint>
+
+namespace attn {
+
+struct fwd_tensor { // (B, H, N, D) bf16; strides in elements, D contiguous
+    void* data;
+    int64_t batch_stride, head_stride, row_stride;
+};
+
+struct fwd_problem {
+    fwd_tensor q, k, v, o;
+    float* lse; // (B, H, N), contiguous
+    int B, H, N, D;
+    int section_heads = 0; // heads computed at the same time; 0: as many as have k and v of SECTION_BYTES
+};
+
+constexpr int64_t SECTION_BYTES = 8 << 20; // k and v that stay in L2 while a section of heads is computed
+
+} // namespace attn
+
+// queued on `stream`; nullptr, or what went wrong. No synchronisation, no allocation.
+extern "C" const char* launch_causal_forward(const attn::fwd_problem* problem, void* stream);

@@ -1,0 +1,134 @@
+"""
+Builds the kernels of this folder into one Python module, without a GPU and without torch:
+
+    source ThunderKittens/env.src
+    cd ThunderKittens/examples/attn_causal && python h100_fwd_setup.py build
+
+Every .cu goes through nvcc and the front end through g++, in parallel, then one link: static cudart, nothing of libcuda.
+Needs pybind11 and setuptools, and nvcc: the CUDA toolkit's, or pip install 'cuda-toolkit[nvcc,cccl,cudart]==13.0.*'.
+The build fails where ptxas spills a register or serialises wgmma, and where a kernel holds no HGMMA.
+"""
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+INCLUDE = HERE.parent.parent / 'include'
+MODULE = 'h100_attn_causal'
+ARCH = ['-gencode', 'arch=compute_90a,code=sm_90a']
+NVCC_FLAGS = ['-std=c++20', '-O3', *ARCH, '--expt-relaxed-constexpr', '-lineinfo', '-Xptxas', '-v,--warn-on-spills',
+              '-Xcompiler', '-fPIC,-fvisibility=hidden', f'-I{INCLUDE}']
+SERIALISED = re.compile(r'C75(07|10|11|12|14|15)') # what ptxas says when it makes wgmma synchronous
+SPILL = re.compile(r'(\d+) bytes spill stores, (\d+) bytes spill loads')
+
+
+def sources_hash():
+    """Hash of everything the module is built from; the module carries it, so that a stale one is noticed."""
+    files = [p for p in HERE.iterdir() if p.suffix in ('.cu', '.cuh', '.cpp')] + list(INCLUDE.rglob('*.cuh'))
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b'\0' + path.read_bytes() + b'\0')
+    return digest.hexdigest()[:16]
+
+
+def find_nvcc():
+    """Path of nvcc: on the PATH, in the toolkit, or where pip puts it."""
+    candidates = [shutil.which('nvcc')]
+    candidates += [Path(os.environ[name]) / 'bin' / 'nvcc' for name in ('CUDA_HOME', 'CUDA_PATH') if name in os.environ]
+    candidates += [Path('/usr/local/cuda/bin/nvcc')]
+    candidates += [Path(folder) / 'nvidia' / 'cu13' / 'bin' / 'nvcc' for folder in sys.path if folder]
+    for path in candidates:
+        if path and Path(path).is_file():
+            return Path(path)
+    sys.exit("no nvcc: install the CUDA toolkit, or pip install 'cuda-toolkit[nvcc,cccl,cudart]==13.0.*'")
+
+
+def find_pybind11():
+    """Include folder of pybind11, its own or the copy in torch."""
+    for package in ('pybind11', 'torch'):
+        spec = find_spec(package)
+        if spec and spec.origin and (Path(spec.origin).parent / 'include' / 'pybind11').is_dir():
+            return Path(spec.origin).parent / 'include'
+    sys.exit("no pybind11: pip install pybind11")
+
+
+def run(command):
+    """Output of a command; a failing one ends the build with what it said."""
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(str(part) for part in command)}\n{done.stdout}\nbuild failed")
+    return done.stdout
+
+
+def check_ptxas(name, said):
+    """End the build on a spill or on wgmma made synchronous; both make a kernel several times slower in silence."""
+    if SERIALISED.search(said):
+        sys.exit(f"{name}: wgmma is serialised\n{said}")
+    if any(int(a) or int(b) for a, b in SPILL.findall(said)):
+        sys.exit(f"{name}: registers spill\n{said}")
+
+
+def find_cuobjdump(nvcc):
+    beside = nvcc.resolve().parent / 'cuobjdump'
+    return beside if beside.is_file() else shutil.which('cuobjdump')
+
+
+def compile_kernel(nvcc, source, target, defines=()):
+    """One .cu to an object file, checked; returns what ptxas said of registers."""
+    said = run([nvcc, *NVCC_FLAGS, *defines, '-c', source, '-o', target])
+    check_ptxas(source.name, said)
+    cuobjdump = find_cuobjdump(nvcc)
+    if cuobjdump and 'HGMMA' not in run([cuobjdump, '-sass', target]):
+        sys.exit(f"{source.name}: no HGMMA in the machine code")
+    return [f"{source.name}: {line.strip()}" for line in said.splitlines() if 'Used' in line]
+
+
+def build_module(folder, target):
+    """Compile everything here into `target`, objects in `folder`."""
+    nvcc, objects = find_nvcc(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        jobs = []
+        for source in sorted(HERE.glob('*.cu')):
+            objects.append(folder / f'{source.stem}.o')
+            jobs.append(pool.submit(compile_kernel, nvcc, source, objects[-1]))
+        front_end = folder / 'h100_frontend.o'
+        objects.append(front_end)
+        jobs.append(pool.submit(run, [
+            os.environ.get('CXX', 'g++'), '-std=c++20', '-O2', '-fPIC', '-fvisibility=hidden', '-Wall',
+            f'-DSOURCES="{sources_hash()}"', f'-I{find_pybind11()}', f"-I{sysconfig.get_paths()['include']}",
+            '-c', HERE / 'h100_frontend.cpp', '-o', front_end]))
+        for job in jobs:
+            for line in job.result() or []:
+                print(line, end='' if line.endswith('\n') or len(line) == 1 else '\n')
+    libraries = [f'-L{nvcc.parent.parent / name}' for name in ('lib64', 'lib') if (nvcc.parent.parent / name).is_dir()]
+    partial = target.with_suffix('.partial')
+    run([nvcc, *ARCH, '-shared', '-cudart', 'static', *libraries, *objects, '-o', partial])
+    partial.replace(target) # a build that is cut off leaves the old module
+
+
+def main():
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+
+    class Build(build_ext):
+        def build_extension(self, ext):
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
+            build_module(Path(self.build_temp).resolve(), target)
+            print(f"built {target}")
+
+    os.chdir(HERE)
+    setup(name=MODULE, version='1', ext_modules=[Extension(MODULE, [])], cmdclass={'build_ext': Build}, packages=[],
+          py_modules=[])
+
+
+if __name__ == '__main__':
+    main()

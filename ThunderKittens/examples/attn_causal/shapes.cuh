@@ -1,0 +1,40 @@
+// shapes.cuh: what the forward kernel is cut into. One column a head dim; nothing else hard-codes a size.
+//
+// D is the head dim as tiles have it, 64 or 128; a smaller one is filled up with zeros by TMA.
+#pragma once
+
+#include "kittens.cuh"
+
+namespace attn {
+
+constexpr int SMEM_LIMIT = 227 * 1024; // bytes one block may ask for on sm_90
+constexpr int Q_ROWS = 64;             // rows of q, and of the output, that one warpgroup owns
+constexpr int KV_ROWS = 128;           // rows of k and v in one step
+
+template <int D> struct fwd_shape;
+template <> struct fwd_shape<64> {
+    static constexpr int consumers = 3; // warpgroups: 3 overlap softmax and products better than 2 (63 against 49 %)
+    static constexpr int stages = 4;    // k, v tiles in flight: how far the fastest warpgroup may run ahead
+    static constexpr int registers = 160, producer_registers = 32;
+    static constexpr bool turns = false; // warpgroups issue their products in turn; then all make the same steps
+};
+template <> struct fwd_shape<128> {
+    static constexpr int consumers = 2; // 3 do not fit the registers
+    static constexpr int stages = 2;
+    static constexpr int registers = 232, producer_registers = 40;
+    static constexpr bool turns = true;
+};
+
+// How rows are dealt out. A head's rows are cut into pieces of Q_ROWS, and a tile is `consumers` pieces, one a warpgroup.
+// Tile 0 holds the last rows of the head and is the longest. The first rows may make a tile with fewer pieces.
+template <int D> constexpr int pieces_per_head(int N) {
+    constexpr int per_tile = fwd_shape<D>::consumers;
+    const int pieces = (N + Q_ROWS - 1) / Q_ROWS;
+    // with turns every tile is whole and starts at an even piece; what lies past the last row is computed and dropped
+    return fwd_shape<D>::turns ? (pieces + per_tile - 1) / per_tile * per_tile : pieces;
+}
+template <int D> constexpr int tiles_per_head(int N) {
+    return (pieces_per_head<D>(N) + fwd_shape<D>::consumers - 1) / fwd_shape<D>::consumers;
+}
+
+} // namespace attn
