@@ -174,11 +174,11 @@ def read_checkpoint(path):
 
 
 def _load(path):
-    """What torch.load gives, FileNotFoundError, or ValueError with the reason in a few words."""
+    """The dict that torch.load gives, FileNotFoundError, or ValueError with the reason in a few words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # torch wonders at foreign pickles; the refusals below say it all
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise
     except OSError as e:
@@ -187,6 +187,9 @@ def _load(path):
         raise ValueError(f"damaged, or it holds more than weights and plain values: {str(e).splitlines()[0]}") from None
     except Exception as e: # damaged bytes can raise anything in torch's reader; every case becomes one line
         raise ValueError(f"damaged: {type(e).__name__} {str(e).splitlines()[0] if str(e) else ''}".strip()) from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"a checkpoint is a dict, got {type(checkpoint).__name__}")
+    return checkpoint
 
 
 def _why_damaged(path):
