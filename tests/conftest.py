@@ -109,3 +109,13 @@ def tiny(tmp_path, monkeypatch):
     (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
     monkeypatch.chdir(tmp_path)
     return folder
+
+
+@pytest.fixture(scope='session')
+def gpt2_tokens():
+    """Skips where GPT-2's tokenizer is neither on this machine's disk nor to be had."""
+    from data.text import gpt2_encoding
+    try:
+        gpt2_encoding()
+    except SystemExit as e:
+        pytest.skip(str(e))

@@ -1,0 +1,166 @@
+"""A checkpoint speaks: what it continues, what it never says, and what it needs for that."""
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import CHARS, assert_refused, run_script
+from data.tokens import tokenizer
+from model import GPT, GPTConfig
+from plain_gpt import PlainGPT
+
+SHAPE = dict(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32, bias=False)
+META = {'vocab_size': 20, 'itos': dict(enumerate(CHARS)), 'stoi': {c: i for i, c in enumerate(CHARS)}}
+CPU = ['--device=cpu', '--num_samples=1', '--max_new_tokens=30']
+
+
+@pytest.fixture
+def speaker(tiny):
+    """out/ckpt.pt of a plain model with weights that make it decided; `save` writes it with other entries."""
+    torch.manual_seed(3)
+    model = PlainGPT(**SHAPE)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    Path('out').mkdir()
+
+    def save(**entries):
+        torch.save({'model': model.state_dict(), 'model_args': {**SHAPE, 'dropout': 0.0}, 'iter_num': 5,
+                    'optimizer': {}, 'best_val_loss': torch.tensor(2.0), 'config': {'dataset': 'tiny'}, **entries},
+                   'out/ckpt.pt')
+        return model
+    save(tokenizer=META)
+    save.model = model
+    return save
+
+
+def texts(ran):
+    assert ran.status == 0, ran
+    return [text[:-1] for text in ran.out.partition('auto: ')[2].partition('\n')[2].split('---------------\n')[:-1]]
+
+
+def greedy(model, text, n):
+    """The plain model's likeliest continuation."""
+    ids = [META['stoi'][c] for c in text]
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids[-16:]]))[0, -1].argmax().item())
+    return ''.join(CHARS[i] for i in ids)
+
+
+def test_temperature_zero_writes_the_likeliest_text(speaker, run_here):
+    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--temperature=0'))
+    assert text == greedy(speaker.model, 'abc', 30)
+
+
+def test_so_many_samples_of_so_many_tokens_go_on_from_the_start(speaker, run_here):
+    found = texts(run_here('sample.py', '--device=cpu', '--start=abc', '--num_samples=3', '--max_new_tokens=12'))
+    assert [len(text) for text in found] == [15] * 3 and all(text.startswith('abc') for text in found)
+    assert len(set(found)) == 3
+
+
+def test_one_seed_gives_one_text(speaker, run_here):
+    a, b, c = (texts(run_here('sample.py', *CPU, f'--seed={seed}')) for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_top_k_of_one_is_the_likeliest_and_zero_draws_among_all(speaker, run_here):
+    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--top_k=1'))
+    assert text == greedy(speaker.model, 'abc', 30)
+    text, = texts(run_here('sample.py', *CPU, '--top_k=0', '--temperature=100', '--max_new_tokens=300'))
+    assert set(text) == set(CHARS)
+
+
+def test_the_start_may_come_from_a_file(speaker, run_here):
+    Path('prompt.txt').write_text('cab\nno')
+    text, = texts(run_here('sample.py', *CPU, '--start=FILE:prompt.txt'))
+    assert text.startswith('cab\nno')
+    for path, words in (('nowhere.txt', 'No such file'), ('out/ckpt.pt', 'not UTF-8 text')):
+        assert_refused(run_here('sample.py', *CPU, f'--start=FILE:{path}'), f'--start=FILE:{path}: {words}')
+
+
+def test_unknown_characters_in_the_prompt_are_named(speaker, run_here):
+    assert_refused(run_here('sample.py', *CPU, '--start=abcXY'), "--start: ", "'X', 'Y' are not among them")
+    assert_refused(run_here('sample.py', *CPU, '--start=é'), "'é' is not among them")
+    assert_refused(run_here('sample.py', *CPU, '--start='), "--start must hold at least one character")
+
+
+def test_the_tokenizer_travels_in_the_checkpoint(speaker, run_here, tiny):
+    itos = {i: c.upper() for i, c in META['itos'].items()}
+    speaker(tokenizer={**META, 'itos': itos, 'stoi': {c: i for i, c in itos.items()}})
+    text, = texts(run_here('sample.py', *CPU, '--start=ABC'))
+    assert text.startswith('ABC') and text == text.upper() # and not as data/tiny/meta.pkl has it
+
+
+def test_a_checkpoint_of_nanogpt_is_read_with_the_meta_pkl_of_its_data_set(speaker, run_here, tiny):
+    model = speaker()
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    checkpoint['model'] = {f'_orig_mod.{name}': t for name, t in checkpoint['model'].items()}
+    torch.save(checkpoint, 'out/ckpt.pt')
+    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--temperature=0'))
+    assert text == greedy(model, 'abc', 30)
+
+
+def test_a_hostile_meta_pkl_is_not_run(speaker, run_here, tiny):
+    class Hostile:
+        def __reduce__(self):
+            return __import__('os').mkdir, ('pwned',)
+    speaker()
+    (tiny / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 20, 'stoi': Hostile()}))
+    assert_refused(run_here('sample.py', *CPU), 'meta.pkl', 'it wants to run posix.mkdir')
+    assert not Path('pwned').exists()
+
+
+def test_ids_that_no_token_has_are_never_said(tiny, run_here):
+    model = GPT(GPTConfig(**{**SHAPE, 'vocab_size': 64}))
+    model.lm_head.weight.data[20:] *= 50 # the padding is what the model likes most
+    Path('out').mkdir()
+    torch.save({'model': model.state_dict(), 'model_args': model.config.model_args(), 'tokenizer': META}, 'out/ckpt.pt')
+    for temperature in (0, 1.0):
+        text, = texts(run_here('sample.py', *CPU, f'--temperature={temperature}', '--max_new_tokens=100'))
+        assert len(text) == 101
+
+
+def test_a_model_of_characters_speaks_without_tiktoken(speaker, run_here, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None) # importing it raises
+    assert texts(run_here('sample.py', *CPU))
+
+
+def test_a_trained_model_speaks_in_a_process_of_its_own_without_a_warning(speaker, tiny):
+    ran = run_script('sample.py', *CPU, '--start=abc', cwd=tiny.parents[1], python=['-W', 'error'])
+    assert ran.err == '' and texts(ran)[0].startswith('abc')
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--out_dir=nowhere', 'nowhere/ckpt.pt: no checkpoint there; train first'),
+    ('--init_from=no/such/model', "--init_from=no/such/model: cannot load 'no/such/model'"),
+    ('--temperature=-1', '--temperature must be at least 0, not -1.0'),
+    ('--num_samples=0', '--num_samples must be at least 1, not 0'),
+    ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'),
+    ('--top_k=-1', '--top_k must be at least 0, not -1'),
+    ('--device=cuda:99', '--device=cuda:99: this machine has '),
+    ('--TK_kernel=True', '--TK_kernel=True cannot run here: '),
+])
+def test_what_cannot_be_is_refused_in_one_line(flag, words, speaker, run_here):
+    assert_refused(run_here('sample.py', *CPU, flag), words)
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(speaker, run_here):
+    whole = Path('out/ckpt.pt').read_bytes()
+    for content in (b'', whole[:len(whole) // 2], b'nothing of the kind', whole[:2000] + bytes(2000) + whole[4000:]):
+        Path('out/ckpt.pt').write_bytes(content)
+        assert_refused(run_here('sample.py', *CPU), 'out')
+    for content in ([], {'model': {}}, {'model': {}, 'model_args': {'n_layers': 3}}):
+        torch.save(content, 'out/ckpt.pt')
+        assert_refused(run_here('sample.py', *CPU))
+
+
+def test_gpt2s_tokens_are_used_where_there_are_no_characters(gpt2_tokens, tiny, run_here):
+    encode, decode, n_tokens = tokenizer({})
+    assert n_tokens == 50257 and decode(encode('To be, or not')) == 'To be, or not'
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=1, n_embd=8))
+    Path('out').mkdir()
+    torch.save({'model': model.state_dict(), 'model_args': model.config.model_args(), 'tokenizer': {}}, 'out/ckpt.pt')
+    text, = texts(run_here('sample.py', *CPU, '--start=To be, or not', '--max_new_tokens=5'))
+    assert text.startswith('To be, or not')
