@@ -1,0 +1,187 @@
+"""The benchmark refuses to time what is wrong, and says what it timed; inference compares two ways to speak."""
+import json
+
+import pytest
+import torch
+
+import configurator
+from conftest import assert_refused, run_script
+from model import sdpa_attention_qkv
+
+SMALL = ['--dataset=tiny', '--device=cpu', '--batch_size=2', '--block_size=16', '--n_layer=2', '--n_head=2',
+         '--n_embd=32', '--vocab_size=64', '--steps=3', '--warmup=1']
+
+
+def last_line(ran):
+    assert ran.status == 0, ran
+    return json.loads(ran.out.splitlines()[-1])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A function that stands in for the kernel on a CPU, and a choice that takes it."""
+    def put(attention):
+        monkeypatch.setattr('model.causal_attention_qkv', attention)
+        monkeypatch.setattr(configurator, '_why_no_kernel', lambda *_: '')
+    return put
+
+
+def test_a_small_run_on_a_cpu_ends_with_one_json_line(tiny):
+    ran = run_script('bench.py', *SMALL, cwd=tiny.parents[1], python=['-W', 'error'])
+    found = last_line(ran)
+    assert ran.err == ''
+    for key, value in dict(batch_size=2, block_size=16, n_layer=2, TK_kernel=False, plain=False, dtype='float32',
+                           real_data=True, dataset='tiny', mfu=None, mfu_causal=None, peak_gib=None).items():
+        assert found[key] == value
+    assert found['ms_min'] <= found['ms_median'] <= found['ms_max']
+    assert found['tokens_per_s'] == pytest.approx(2 * 16 / found['ms_median'] * 1e3, rel=0.01)
+    assert found['torch'] == torch.__version__ and found['card'] and found['commit']
+    assert "no MFU: the peak of this device is not known" in ran.out
+
+
+def test_the_defaults_are_those_of_the_original(run_here):
+    ran = run_here('bench.py', '--help')
+    for setting in ("--dataset='shakespeare_char'", '--batch_size=4 ', '--block_size=4096 ', "--TK_kernel='auto'"):
+        assert setting in ran.out
+
+
+def test_mfu_is_given_for_a_known_card_with_all_and_with_half_of_the_attention(tiny, run_here, monkeypatch):
+    monkeypatch.setattr('model.PEAK_FLOPS', {'cpu': 1e12})
+    monkeypatch.setattr('platform.machine', lambda: 'cpu')
+    ran = run_here('bench.py', *SMALL)
+    found, model = last_line(ran), ran.names['model']
+    n, attention = model.get_num_params(), 12 * 2 * 32 * 16
+    per_s = found['tokens_per_s'] / 1e12
+    assert found['mfu'] == pytest.approx((6 * n + attention) * per_s, rel=0.01, abs=1e-4)
+    assert found['mfu_causal'] == pytest.approx((6 * n + attention / 2) * per_s, rel=0.01, abs=1e-4)
+    assert f"MFU {found['mfu']:.1%} of 1 TFLOP/s; {found['mfu_causal']:.1%} with the causal half" in ran.out
+
+
+def test_random_data_needs_no_files_and_plain_nanogpt_no_kernel(tiny, run_here, kernel):
+    found = last_line(run_here('bench.py', *SMALL, '--real_data=False', '--dataset=nowhere', '--plain=True'))
+    assert found['plain'] and not found['real_data'] and not found['TK_kernel']
+    assert_refused(run_here('bench.py', *SMALL, '--plain=True', '--TK_kernel=True'), 'plain=True is plain nanoGPT')
+
+
+def test_an_attention_that_is_right_is_timed(tiny, run_here, kernel):
+    kernel(lambda qkv, n_head, dropout: sdpa_attention_qkv(qkv.double(), n_head, dropout).to(qkv.dtype))
+    ran = run_here('bench.py', *SMALL)
+    assert ran.out.splitlines().count('kernel ok') == 1
+    assert last_line(ran)['TK_kernel'] and last_line(ran)['check'] == 'kernel ok'
+
+
+def scaled(by):
+    return lambda qkv, n_head, dropout: by * sdpa_attention_qkv(qkv, n_head, dropout)
+
+
+def unmasked(qkv, n_head, dropout):
+    q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def without_gradient(qkv, n_head, dropout):
+    return sdpa_attention_qkv(qkv.detach(), n_head, dropout)
+
+
+def without_gradient_of_keys(qkv, n_head, dropout):
+    q, k, v = qkv.chunk(3, dim=-1)
+    return sdpa_attention_qkv(torch.cat([q, k.detach(), v], dim=-1), n_head, dropout)
+
+
+class NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float('nan')
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (scaled(1.03), 'gradient of '), (scaled(0.97), 'gradient of '), (scaled(float('nan')), 'output: off by nan'),
+    (unmasked, 'off by'), (without_gradient, 'gradient of '),
+    (without_gradient_of_keys, 'gradient of transformer.h.0.attn.c_attn.weight, keys: off by 1.0000'),
+    (lambda qkv, n_head, dropout: NanGradient.apply(sdpa_attention_qkv(qkv, n_head, dropout)), 'off by nan'),
+], ids=['too_large', 'too_small', 'nan', 'unmasked', 'no_gradient', 'no_key_gradient', 'nan_gradient'])
+def test_an_attention_that_is_wrong_is_named_and_not_timed(wrong, words, tiny, run_here, kernel):
+    kernel(wrong)
+    ran = run_here('bench.py', *SMALL, '--TK_kernel=True')
+    assert_refused(ran, 'kernel differs: ', words)
+    assert 'ms a step' not in ran.out and 'kernel ok' not in ran.out
+
+
+def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
+    kernel(sdpa_attention_qkv)
+    names = run_here('bench.py', *SMALL).names
+    x, y = names['batches'][0]
+    found = names['outcome'](names['make_model'](False), x, y)
+    assert {name.split(',')[0] for name in found} == {'output', 'loss', *[
+        f'gradient of {name}' for name, p in names['model'].named_parameters()]}
+    names['outcome'].__globals__['outcome'] = lambda model, x, y: (
+        {k: v for k, v in found.items() if k != 'loss' or not model.config.TK_kernel})
+    assert names['first_difference'](x, y) == 'loss: the kernel gives none'
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--block_size=4000', 'train.bin: 4,000 tokens are too few for block_size=4000'),
+    ('--batch_size=0', '--batch_size must be at least 1, not 0'), ('--dataset=nowhere', 'no train.bin'),
+    ('--vocab_size=10', 'is not below vocab_size=10'), ('--steps=0', '--steps must be at least 1, not 0'),
+    ('--n_head=3', 'n_embd must be a multiple of n_head, got n_embd=32 and n_head=3'),
+    ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
+])
+def test_what_cannot_be_timed_is_refused_in_one_line(flag, words, tiny, run_here):
+    assert_refused(run_here('bench.py', *SMALL, flag), words)
+
+
+# -----------------------------------------------------------------------------
+# inference.py
+
+@pytest.fixture(scope='module')
+def gpt2_folder(gpt2_tokens, tmp_path_factory):
+    """A small random GPT-2 with the real vocabulary, as transformers saves it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp('gpt2')
+    GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder)
+    return folder
+
+
+def test_inference_speaks_with_torchs_attention_where_there_is_no_kernel(gpt2_folder, run_here):
+    ran = run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', '--max_new_tokens=5', '--start=Hello')
+    found = last_line(ran)
+    assert list(found['tokens_per_s']) == ['torch'] and found['new_tokens'] == 5 and 'same_tokens' not in found
+    assert '\nHello' in ran.out and 'no kernel: it runs on a CUDA device, not on cpu' in ran.out
+
+
+def test_inference_says_whether_both_attentions_write_the_same_text(gpt2_folder, run_here, kernel):
+    flags = [f'--init_from={gpt2_folder}', '--device=cpu', '--max_new_tokens=6']
+    kernel(sdpa_attention_qkv)
+    ran = run_here('inference.py', *flags)
+    assert last_line(ran)['same_tokens'] == 6 and set(last_line(ran)['tokens_per_s']) == {'torch', 'ThunderKittens'}
+    assert 'the same text\n' in ran.out
+    kernel(scaled(-1000.0))
+    ran = run_here('inference.py', *flags)
+    assert last_line(ran)['same_tokens'] < 6 and 'of 6 tokens, then ' in ran.out
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--init_from=no/such/model', "--init_from=no/such/model: cannot load 'no/such/model'"),
+    ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
+    ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'), ('--start=', '--start must hold tokens'),
+])
+def test_inference_refuses_what_it_cannot_do_in_one_line(flag, words, gpt2_folder, run_here):
+    assert_refused(run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', flag), words)
+
+
+# -----------------------------------------------------------------------------
+# on an H100
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('flags', [[], ['--plain=True']], ids=['kernel', 'plain'])
+def test_a_small_run_on_a_gpu_gives_mfu_and_memory(flags, tiny):
+    ran = run_script('bench.py', *SMALL[:1], *SMALL[2:], '--n_embd=128', '--steps=5', *flags, cwd=tiny.parents[1],
+                     timeout=300)
+    found = last_line(ran)
+    assert 0 <= found['mfu_causal'] <= found['mfu'] < 1 and found['peak_gib'] > 0
+    assert ('kernel ok' in ran.out) == found['TK_kernel'] and found['plain'] == bool(flags)
