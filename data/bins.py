@@ -49,6 +49,13 @@ def remove(path):
         sys.exit(f"{path}: {e.strerror}")
 
 
+def rename(source, target):
+    try:
+        os.replace(source, target)
+    except OSError as e:
+        sys.exit(f"{target}: {e.strerror}")
+
+
 def one_at_a_time(folder):
     """Wait until no other run prepares `folder`. The lock goes with this process, however it ends."""
     with suppress(OSError): # some network file systems have no locks; then the user keeps the runs apart
@@ -71,17 +78,25 @@ def is_prepared(folder, made_from):
 
 def save(folder, made_from, train, val, meta=None):
     """Replace the set in `folder` by arrays of token ids and, if given, meta.pkl; print the counts."""
+    for name, ids in (('val', val), ('train', train)):
+        write_whole(Path(folder, f'{name}.bin.new'), ids.tobytes())
+    publish(folder, made_from, train.dtype, meta)
+
+
+def publish(folder, made_from, dtype, meta=None):
+    """Let train.bin.new, val.bin.new and `meta` replace the set in `folder`, in an order that shows a break."""
     folder = Path(folder)
-    remove(folder / 'prepared.json')
-    remove(folder / 'train.bin')
-    files = {'meta.pkl': pickle.dumps(meta, protocol=4)} if meta else {}
-    files['val.bin'], files['train.bin'] = val.tobytes(), train.tobytes()
-    for name, data in files.items():
-        write_whole(folder / name, data)
-    record = {'made_from': made_from, 'bytes': {name: len(data) for name, data in files.items()}}
-    write_whole(folder / 'prepared.json', json.dumps(record, indent=1).encode())
-    print(f"train.bin has {len(train):,} tokens")
-    print(f"val.bin has {len(val):,} tokens")
+    for name in ('prepared.json', 'train.bin', 'meta.pkl'):
+        remove(folder / name)
+    sizes = {f'{name}.bin': (folder / f'{name}.bin.new').stat().st_size for name in ('train', 'val')}
+    if meta:
+        write_whole(folder / 'meta.pkl', pickle.dumps(meta, protocol=4))
+        sizes['meta.pkl'] = (folder / 'meta.pkl').stat().st_size
+    for name in ('val.bin', 'train.bin'):
+        rename(folder / f'{name}.new', folder / name)
+    write_whole(folder / 'prepared.json', json.dumps({'made_from': made_from, 'bytes': sizes}, indent=1).encode())
+    for name in ('train.bin', 'val.bin'):
+        print(f"{name} has {sizes[name] // dtype.itemsize:,} tokens")
 
 
 def as_ids(ids, dtype=np.uint16):
