@@ -5,6 +5,7 @@ No test reaches for a network: addresses are replaced by local files, and pip se
 """
 import hashlib
 import http.server
+import json
 import os
 import pickle
 import random
@@ -15,13 +16,14 @@ import subprocess
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import PYTHON, ROOT
-from data import bins, text
+from data import bins, corpus, documents, text
 
 NOWHERE = 'http://127.0.0.1:9/' # nobody listens on the discard port
 POEM = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n" * 30
@@ -81,27 +83,32 @@ def project(tmp_path):
         target = root / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
+    shutil.copy(ROOT / 'configurator.py', root)
     (root / 'tiktoken.py').write_text(BYTE_TOKENIZER)
     (tmp_path / 'packages').mkdir()
-    change(root, TINY_URL=NOWHERE, GPT2_URL=NOWHERE, GPT2_FILES={})
+    vocabulary = {'vocab.bpe': b'merges', 'encoder.json': b'ids'} # the stand-in does not look into them
+    for name, data in vocabulary.items():
+        (tmp_path / name).write_bytes(data)
+    change(root, TINY_URL=NOWHERE, GPT2_URL=tmp_path.as_uri() + '/',
+           GPT2_FILES={name: sha256(data) for name, data in vocabulary.items()})
     return root
 
 
-def change(root, **constants):
-    """Give constants of data/text.py other values."""
-    path = root / 'data/text.py'
+def change(root, file='data/text.py', **constants):
+    """Give constants of a script other values."""
+    path = root / file
     for name, value in constants.items():
         multiline = r'\{.*?^\}' if name == 'GPT2_FILES' else r'[^\n]*'
         new, n = re.subn(rf'^{name} = {multiline}', lambda _, n=name, v=value: f'{n} = {v!r}',
                          path.read_text(), flags=re.M | re.S)
-        assert n == 1, f"data/text.py has no constant {name}"
+        assert n == 1, f"{file} has no constant {name}"
         path.write_text(new)
 
 
 def command(root, name, *args):
     # PIP_*: what pip reads, so that it looks into a local folder only
     env = dict(os.environ, PIP_NO_INDEX='1', PIP_FIND_LINKS=str(root.parent / 'packages'), PIP_CONFIG_FILE=os.devnull,
-               HF_HOME=str(root.parent / 'hf'), HF_HUB_OFFLINE='1')
+               TIKTOKEN_CACHE_DIR=str(root.parent / 'cache'), HF_HOME=str(root.parent / 'hf'), HF_HUB_OFFLINE='1')
     return dict(args=[PYTHON, str(root / 'data' / name / 'prepare.py'), *map(str, args)], env=env, cwd=root)
 
 
@@ -289,12 +296,12 @@ def test_bad_arguments_are_refused_in_one_line(project, args, words):
     refused(prepare(project, 'shakespeare_char', *args), words)
 
 
-@pytest.mark.parametrize('blocked', ['train.bin', 'val.bin', 'meta.pkl', 'prepared.json', 'val.bin.part'])
+@pytest.mark.parametrize('blocked', ['train.bin', 'val.bin', 'meta.pkl', 'prepared.json', 'val.bin.new'])
 def test_what_cannot_be_written_is_named_in_one_line(project, blocked):
     folder = project / 'data/shakespeare_char'
     (folder / 'input.txt').write_text(POEM)
     (folder / blocked).mkdir() # stands in the way, for root too
-    refused(prepare(project, 'shakespeare_char'), folder / blocked.removesuffix('.part'))
+    refused(prepare(project, 'shakespeare_char'), folder / blocked)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
@@ -312,7 +319,7 @@ def test_a_full_disk_leaves_no_train_bin(project):
     limited = command(project, 'shakespeare_char')
     limited['args'] = ['bash', '-c', 'ulimit -f 2; exec "$@"', 'bash', *limited['args']] # files of 2 KiB at most
     refused(subprocess.run(**limited, capture_output=True, text=True), 'train.bin', 'too large')
-    assert not (folder / 'train.bin').exists() and not list(folder.glob('*.part'))
+    assert not list(folder.glob('train.bin*'))
 
 
 def test_more_characters_than_uint16_holds_are_refused():
@@ -323,7 +330,7 @@ def test_more_characters_than_uint16_holds_are_refused():
 # -----------------------------------------------------------------------------
 # broken runs
 
-@pytest.mark.parametrize('step', range(4))
+@pytest.mark.parametrize('step', range(6)) # one for each file that is put in its place
 def test_a_run_that_ends_at_any_step_leaves_nothing_that_passes_for_whole(tmp_path, monkeypatch, step):
     old, new = np.arange(5, dtype=np.uint16), np.arange(9, dtype=np.uint16)
     bins.save(tmp_path, {'text': 'old'}, old, old, {'vocab_size': 5})
@@ -336,10 +343,12 @@ def test_a_run_that_ends_at_any_step_leaves_nothing_that_passes_for_whole(tmp_pa
     monkeypatch.setattr(os, 'replace', dies)
     with pytest.raises(KeyboardInterrupt):
         bins.save(tmp_path, {'text': 'new'}, new, new, {'vocab_size': 9})
-    assert not bins.is_prepared(tmp_path, {'text': 'new'}) and not bins.is_prepared(tmp_path, {'text': 'old'})
+    assert not bins.is_prepared(tmp_path, {'text': 'new'})
+    assert bins.is_prepared(tmp_path, {'text': 'old'}) == (step < 2) # the old set stays until the new one is written
     if (tmp_path / 'train.bin').exists(): # only beside files of the same run
-        assert files_in(tmp_path, 'train.bin', 'val.bin') == {'train.bin': new.tobytes(), 'val.bin': new.tobytes()}
-        assert pickle.loads((tmp_path / 'meta.pkl').read_bytes()) == {'vocab_size': 9}
+        ids, vocab_size = (old, 5) if step < 2 else (new, 9)
+        assert files_in(tmp_path, 'train.bin', 'val.bin') == {'train.bin': ids.tobytes(), 'val.bin': ids.tobytes()}
+        assert pickle.loads((tmp_path / 'meta.pkl').read_bytes()) == {'vocab_size': vocab_size}
 
 
 def killed(run, after_s):
@@ -419,6 +428,252 @@ def test_gpt2s_real_tokens():
     gpt2 = text.gpt2_encoding()
     assert gpt2.encode_ordinary("Hello world") == [15496, 995]
     assert gpt2.decode([15496, 995]) == "Hello world" and gpt2.n_vocab == 50257 and gpt2.eot_token == 50256
+
+
+# -----------------------------------------------------------------------------
+# one's own text
+
+def write_rows(path, rows):
+    path.write_text(''.join(json.dumps({'text': row}) + '\n' for row in rows))
+    if path.suffix == '.parquet':
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({'text': rows}), path)
+    return path
+
+
+def custom(root, *args):
+    return prepare(root, 'custom', *args, f"--out_dir={root / 'data/mytext'}")
+
+
+def meta_of(root):
+    return pickle.loads((root / 'data/mytext/meta.pkl').read_bytes())
+
+
+def all_tokens(folder, dtype=np.uint16):
+    return [*tokens(folder / 'train.bin', dtype).tolist(), *tokens(folder / 'val.bin', dtype).tolist()]
+
+
+def test_a_text_in_characters_gives_the_bytes_of_shakespeare_char(project, tmp_path):
+    (tmp_path / 'my.txt').write_text(POEM)
+    works(prepare(project, 'shakespeare_char', tmp_path / 'my.txt'))
+    out = works(custom(project, tmp_path / 'my.txt', '--encoding=char'))
+    names = ('train.bin', 'val.bin')
+    assert files_in(project / 'data/mytext', *names) == files_in(project / 'data/shakespeare_char', *names)
+    meta, sha = meta_of(project), sha256(POEM.encode())
+    assert (meta['dtype'], meta['encoding'], meta['sha256'], meta['characters']) == ('uint16', 'char', sha, len(POEM))
+    assert meta['train_tokens'] + meta['val_tokens'] == len(POEM) and meta['stoi']['S'] == sorted(set(POEM)).index('S')
+    assert sha in out and f"{len(POEM):,} characters" in out
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.parquet'])
+def test_rows_are_documents_and_each_ends_in_the_end_of_text_token(project, tmp_path, suffix):
+    rows = [f"document {i}" for i in range(30)]
+    works(custom(project, write_rows(tmp_path / f'rows{suffix}', rows), '--encoding=gpt2'))
+    assert all_tokens(project / 'data/mytext') == [t for row in rows for t in [*row.encode(), 50256]]
+    assert meta_of(project)['vocab_size'] == 50257 and meta_of(project)['documents'] == 30
+    works(custom(project, tmp_path / f'rows{suffix}', '--encoding=char'))
+    chars = meta_of(project)['itos']
+    assert ''.join(chars[t] for t in all_tokens(project / 'data/mytext')) == ''.join(row + '\n' for row in rows)
+
+
+def test_a_wide_vocabulary_is_kept_as_uint32_and_read_so(project, tmp_path):
+    (tmp_path / 'my.txt').write_text(POEM)
+    works(custom(project, tmp_path / 'my.txt', '--encoding=wide'))
+    assert all_tokens(project / 'data/mytext', np.uint32) == [70000 + b for b in POEM.encode()] + [100257]
+    from data.tokens import Tokens
+    data = Tokens(project / 'data/mytext', 'train', block_size=8, vocab_size=meta_of(project)['vocab_size'])
+    assert data.batch(np.array([0]))[0][0].tolist() == [70000 + b for b in POEM[:8].encode()]
+
+
+def test_many_files_in_many_pieces_on_two_cores_give_what_one_piece_gives(project, tmp_path):
+    texts = [POEM, "a line without an end " * 50, POEM + "\n\n" + POEM]
+    for i, content in enumerate(texts): (tmp_path / f'{i}.txt').write_text(content)
+    files = [tmp_path / f'{i}.txt' for i in range(3)]
+    works(custom(project, *files))
+    whole = files_in(project / 'data/mytext', 'train.bin', 'val.bin')
+    assert all_tokens(project / 'data/mytext') == [t for content in texts for t in [*content.encode(), 50256]]
+    change(project, 'data/documents.py', PIECE_chars=100)
+    change(project, 'data/custom/prepare.py', TASK_chars=300)
+    (project / 'data/mytext/prepared.json').unlink()
+    works(custom(project, *files, '--num_proc=2'))
+    assert files_in(project / 'data/mytext', 'train.bin', 'val.bin') == whole
+
+
+def test_a_text_is_cut_only_where_no_token_lies_across(tmp_path, monkeypatch):
+    content = "One.\n\nTwo\n three\n.four \nfive\nsix" * 100
+    (tmp_path / 'my.txt').write_text(content)
+    monkeypatch.setattr(documents, 'PIECE_chars', 7)
+    parts = [part for part, _ in documents.pieces(tmp_path / 'my.txt')]
+    assert ''.join(parts) == content and len(parts) > 100
+    assert all(re.search(r'\S\n$', a) and b[0].isalnum() for a, b in zip(parts, parts[1:], strict=False))
+
+
+def test_the_same_text_again_is_nothing_to_do_and_another_encoding_is(project, tmp_path):
+    (tmp_path / 'my.txt').write_text(POEM)
+    works(custom(project, tmp_path / 'my.txt', '--encoding=char'))
+    assert 'nothing to do' in works(custom(project, tmp_path / 'my.txt', '--encoding=char'))
+    assert 'nothing to do' not in works(custom(project, tmp_path / 'my.txt', '--encoding=gpt2'))
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.pdf', 'x', '.txt, .jsonl, .parquet, got .pdf'), ('none.txt', None, 'No such file'),
+    ('a.txt', b'', '0 characters are too few'), ('a.txt', b'caf\xe9', 'must be UTF-8, got byte 0xe9'),
+    ('a.jsonl', '{"text": "x"}\n{"text"', 'a.jsonl:2: not JSON'), ('a.jsonl', '[1]', "a string under 'text'"),
+    ('a.jsonl', '{"words": "x"}', "a string under 'text'"), ('a.parquet', 'not parquet', 'a.parquet: ')])
+def test_files_that_cannot_be_read_are_refused_by_name(project, tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = custom(project, tmp_path / name)
+    assert result.returncode == 1 and 'Traceback' not in result.stderr # the bars are on stderr too
+    assert name in result.stderr.splitlines()[-1] and words in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('args, words', [(['--encoding=gpt9'], "no encoding 'gpt9'"), ([], 'one FILE or more'),
+                                         (['--encodign=char'], "did you mean 'encoding'"),
+                                         (['a.txt', '--val_fraction=1'], '0 < val_fraction < 1')])
+def test_settings_that_cannot_be_are_refused_in_one_line(project, args, words):
+    (project / 'a.txt').write_text(POEM)
+    refused(custom(project, *([*args, 'a.txt'] if 'gpt9' in str(args) else args)), words)
+
+
+# -----------------------------------------------------------------------------
+# openwebtext
+
+DOCS = [f"Document {i} says {'so ' * (i % 7)}much." for i in range(2500)]
+
+
+def openwebtext(root, *args):
+    return prepare(root, 'openwebtext', *args)
+
+
+def nanogpts_bins(docs):
+    """What nanoGPT's prepare.py makes of these documents, with datasets' own split."""
+    import datasets
+    split = datasets.Dataset.from_dict({'text': docs}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    ids = {name: [t for text in split[key]['text'] for t in [*text.encode(), 50256]]
+           for name, key in (('train.bin', 'train'), ('val.bin', 'test'))}
+    return {name: np.array(row, dtype=np.uint16).tobytes() for name, row in ids.items()}
+
+
+def test_local_rows_become_nanogpts_files_on_all_cores(project, tmp_path):
+    out = works(openwebtext(project, f"--data_files={write_rows(tmp_path / 'rows.parquet', DOCS)}", '--num_proc=2'))
+    folder = project / 'data/openwebtext'
+    assert files_in(folder, 'train.bin', 'val.bin') == nanogpts_bins(DOCS)
+    assert 'MB needed' in out.split('train.bin has')[0]
+    assert 'nothing to do' in works(openwebtext(project, f"--data_files={tmp_path / 'rows.parquet'}"))
+    assert not list(folder.glob('*.new')) and not list(folder.glob('*.progress'))
+
+
+def test_a_handful_of_documents_is_enough_and_one_is_refused(project, tmp_path):
+    works(openwebtext(project, f"--data_files={write_rows(tmp_path / 'rows.jsonl', DOCS[:3])}", '--num_proc=8'))
+    assert files_in(project / 'data/openwebtext', 'train.bin', 'val.bin') == nanogpts_bins(DOCS[:3])
+    result = openwebtext(project, f"--data_files={write_rows(tmp_path / 'rows.jsonl', DOCS[:1])}")
+    assert result.returncode == 1 and '2 documents or more are needed' in result.stderr.splitlines()[-1]
+
+
+def test_without_the_hub_one_line_names_the_way_with_local_files(project):
+    refused(openwebtext(project), 'Skylion007/openwebtext', '--data_files')
+
+
+def test_openwebtext_killed_at_ten_random_moments_finishes_with_the_same_bytes(project, tmp_path):
+    """The ten kills come one after the other, so that each run but the first goes on from one that was killed."""
+    change(project, 'data/openwebtext/prepare.py', DOCS_PER_TASK=10)
+    change(project, 'data/corpus.py', SAVE_EVERY_bytes=2000)
+    slow = BYTE_TOKENIZER.replace("return [self.first", "import time; time.sleep(0.001); return [self.first")
+    (project / 'tiktoken.py').write_text(slow)
+    args = (f"--data_files={write_rows(tmp_path / 'rows.jsonl', DOCS)}", '--num_proc=2')
+    folder, whole = project / 'data/openwebtext', nanogpts_bins(DOCS)
+    for _ in range(10):
+        killed(command(project, 'openwebtext', *args), random.uniform(0.5, 2))
+        for name in whole: # what is there under its own name is whole
+            assert not (folder / name).exists() or (folder / name).read_bytes() == whole[name]
+    works(openwebtext(project, *args))
+    assert files_in(folder, *whole) == whole
+
+
+class Stopped(Exception):
+    """Stands in for the end of the process."""
+
+
+def test_a_run_goes_on_from_the_last_note_and_does_not_repeat_what_was_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, 'SAVE_EVERY_bytes', 20)
+    tasks = [(1, [i] * 4) for i in range(20)]
+    seen = []
+
+    def encode(work, stop_at=None):
+        if work[0] == stop_at: raise Stopped
+        seen.append(work[0])
+        return np.array(work)
+
+    def run(stop_at=None, made_from='a'):
+        splits = {'val': (tasks[:3], 3), 'train': (tasks, 20)}
+        corpus.write_set(tmp_path, {'text': made_from}, splits, partial(encode, stop_at=stop_at), np.uint16, num_proc=1)
+    with pytest.raises(Stopped): run(stop_at=15)
+    with open(tmp_path / 'train.bin.new', 'ab') as f: f.write(b'half a task') # what a kill may leave behind the note
+    done, seen[:] = list(seen), []
+    run()
+    assert 3 * 4 <= len(done) and len(seen) <= 20 - 15 + 3 # only what came after the last note
+    assert tokens(tmp_path / 'train.bin').tolist() == [i for i in range(20) for _ in range(4)]
+    seen.clear()
+    run(made_from='b') # other work starts from nothing
+    assert len(seen) == 23
+
+
+def test_ids_that_do_not_fit_are_refused_and_nothing_takes_their_place(tmp_path):
+    splits = {name: ([(1, None)], 1) for name in ('val', 'train')}
+    with pytest.raises(SystemExit, match='up to 65535 fit uint16, got 70000'):
+        corpus.write_set(tmp_path, {}, splits, lambda _: np.array([70000]), np.uint16, num_proc=1)
+    assert not (tmp_path / 'train.bin').exists()
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_work(tmp_path, capsys):
+    with pytest.raises(SystemExit, match='not enough room: about 1,000,000,000,000 MB needed'):
+        corpus.check_disk(tmp_path, 10 ** 18)
+    corpus.check_disk(tmp_path, 10 ** 6)
+    assert 'about 1 MB needed' in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# fineweb
+
+def write_shard(path, ids, magic=20240520, count=None):
+    header = np.zeros(256, dtype='<i4')
+    header[:3] = magic, 1, len(ids) if count is None else count
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(header.tobytes() + np.array(ids, dtype='<u2').tobytes())
+
+
+def test_shards_are_checked_and_read_where_they_are(project, tmp_path):
+    for i in (1, 2): write_shard(tmp_path / f'shards/fineweb_train_{i:06d}.bin', range(100 * i, 100 * i + 50))
+    write_shard(tmp_path / 'shards/fineweb_val_000000.bin', range(20))
+    args = (f"--from_dir={tmp_path / 'shards'}",)
+    assert 'train has 100 tokens in 2 shards' in works(prepare(project, 'fineweb', *args))
+    assert 'nothing to do' in works(prepare(project, 'fineweb', *args))
+    from data.tokens import Tokens
+    data = Tokens(project / 'data/fineweb', 'train', block_size=10, vocab_size=50257)
+    assert data.n_tokens == 100 and data.batch(np.array([0, data.n_starts - 1]))[1][:, -1].tolist() == [110, 249]
+
+
+@pytest.mark.parametrize('broken, words', [({'magic': 7}, 'must start with 20240520, 1 as int32, got [7, 1]'),
+                                           ({'count': 51}, 'must have 1,126 bytes for its 51 tokens, got 1,124')])
+def test_a_broken_shard_is_refused_and_not_kept(project, tmp_path, broken, words):
+    write_shard(tmp_path / 'shards/fineweb_train_000001.bin', range(50), **broken)
+    write_shard(tmp_path / 'shards/fineweb_val_000000.bin', range(50))
+    result = prepare(project, 'fineweb', f"--from_dir={tmp_path / 'shards'}")
+    assert result.returncode == 1 and words in result.stderr.splitlines()[-1]
+    assert not list((project / 'data/fineweb').glob('train*'))
+
+
+@pytest.mark.parametrize('arg, words', [('--from_dir=none', 'must be there, got 0'),
+                                        ('--shards=104', '1 to 103, got 104')])
+def test_shards_that_are_not_to_be_had_are_named(project, arg, words):
+    refused(prepare(project, 'fineweb', arg), words)
+
+
+def test_without_the_hub_one_line_names_the_way_with_shards_of_ones_own(project):
+    result = prepare(project, 'fineweb')
+    assert result.returncode == 1 and '--from_dir' in result.stderr.splitlines()[-1]
 
 
 # -----------------------------------------------------------------------------
