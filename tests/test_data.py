@@ -576,6 +576,17 @@ def test_without_the_hub_one_line_names_the_way_with_local_files(project):
     refused(openwebtext(project), 'Skylion007/openwebtext', '--data_files')
 
 
+def test_a_hub_that_wants_to_run_a_script_is_asked_for_its_parquet_export(project):
+    (project / 'datasets.py').write_text("""
+def load_dataset(name, split, revision=None):
+    if revision is None: raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+    raise ConnectionError("asked for " + revision)
+""")
+    result = openwebtext(project)
+    assert 'scripts are no longer supported' in result.stdout
+    refused(result, 'asked for refs/convert/parquet')
+
+
 def test_openwebtext_killed_at_ten_random_moments_finishes_with_the_same_bytes(project, tmp_path):
     """The ten kills come one after the other, so that each run but the first goes on from one that was killed."""
     change(project, 'data/openwebtext/prepare.py', DOCS_PER_TASK=10)
