@@ -313,11 +313,11 @@ def test_mfu_is_nanogpts_on_a_known_card(monkeypatch):
 # generate
 
 def test_temperature_zero_takes_the_likeliest_token_each_time():
-    model, x = small(), ids(B=2, T=3)
-    out = model.generate(x, 20, temperature=0)
-    assert out.shape == (2, 23) and torch.equal(out[:, :3], x)
-    for end in range(3, 23): # past block_size too: the model sees the last 16
-        assert torch.equal(out[:, end], model(out[:, max(0, end - 16):end])[0][:, -1].argmax(-1))
+    model, x = small(), ids(B=8, T=20) # more than block_size: the model sees the last 16
+    out = model.generate(x, 8, temperature=0)
+    assert out.shape == (8, 28) and torch.equal(out[:, :20], x)
+    for end in range(20, 28):
+        assert torch.equal(out[:, end], model(out[:, end - 16:end])[0][:, -1].argmax(-1))
 
 
 def test_top_k_draws_among_the_likeliest_only():

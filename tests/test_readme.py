@@ -167,6 +167,17 @@ def test_the_packages_for_older_drivers_are_those_of_the_requirements():
     assert listed == wanted
 
 
+def test_what_running_needs_is_pinned_and_what_only_tests_need_stands_apart():
+    needed = (ROOT / 'requirements.txt').read_text()
+    assert re.search(r'^torch==2\.13\.0\b', needed, re.MULTILINE) and 'pytest' not in needed
+    assert 'pytest' in (ROOT / 'requirements-dev.txt').read_text()
+
+
+def test_the_scripts_at_the_top_are_nanogpts():
+    assert {path.name for path in ROOT.glob('*.py')} == {
+        'model.py', 'train.py', 'sample.py', 'bench.py', 'inference.py', 'configurator.py'}
+
+
 def test_the_tree_of_the_readme_is_there():
     tree = re.search(r'## The tree\n\n```\n(.*?)```', README, re.DOTALL)[1]
     for path in re.findall(r'^(\S+)', tree, re.MULTILINE):

@@ -48,14 +48,14 @@ def same(a, b):
 # -----------------------------------------------------------------------------
 # the run itself
 
-@pytest.mark.parametrize('accumulation', [1, 3])
-def test_the_first_losses_are_nanogpts_own(accumulation, tiny, run_here):
-    ran = run_here('train.py', *TINY, f'--gradient_accumulation_steps={accumulation}', '--grad_clip=0.5',
+@pytest.mark.parametrize('accumulation, grad_clip', [(1, 1.5), (3, 0.75)]) # some steps have a larger norm, some not
+def test_the_first_losses_are_nanogpts_own(accumulation, grad_clip, tiny, run_here):
+    ran = run_here('train.py', *TINY, f'--gradient_accumulation_steps={accumulation}', f'--grad_clip={grad_clip}',
                    '--beta2=0.99', '--max_iters=9')
     evaluations, losses = nanogpt_losses(
         tiny, SHAPE, steps=9, batch_size=4, accumulation=accumulation, eval_interval=4, eval_iters=2, weight_decay=0.1,
-        betas=(0.9, 0.99), grad_clip=0.5, schedule=dict(learning_rate=1e-2, warmup_iters=2, lr_decay_iters=8,
-                                                        min_lr=6e-5))
+        betas=(0.9, 0.99), grad_clip=grad_clip,
+        schedule=dict(learning_rate=1e-2, warmup_iters=2, lr_decay_iters=8, min_lr=6e-5))
     for row, (step, train, val) in zip([row for row in rows() if 'val_loss' in row], evaluations):
         assert row['step'] == step and row['train_loss'] == pytest.approx(train, abs=1e-5)
         assert row['val_loss'] == pytest.approx(val, abs=1e-5)
@@ -280,6 +280,20 @@ def test_a_full_disk_is_a_warning_and_leaves_the_earlier_checkpoint(tiny, run_he
     assert not list(Path('out').glob('*.part'))
 
 
+def test_a_disk_that_refuses_the_last_moment_leaves_the_earlier_checkpoint(tiny, run_here, monkeypatch):
+    run_here('train.py', *TINY, '--max_iters=4')
+    before, replace = Path('out/ckpt.pt').read_bytes(), os.replace
+
+    def refuse(source, target):
+        if Path(target).name == 'ckpt.pt':
+            raise OSError(30, 'Read-only file system')
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', refuse)
+    ran = run_here('train.py', *TINY, '--init_from=resume')
+    assert ran.status == 0 and lines(ran, 'warning: no checkpoint at step 8 (Read-only file system)')
+    assert Path('out/ckpt.pt').read_bytes() == before and not list(Path('out').glob('*.part'))
+
+
 # -----------------------------------------------------------------------------
 # several processes
 
@@ -298,8 +312,8 @@ def test_two_processes_train_as_one_does(accumulation, tiny, run_here):
 
 
 def test_a_mistake_under_torchrun_is_named(tiny):
-    ran = run_script('train.py', *TINY, '--batch_size=0', cwd=tiny.parents[1], python=TORCHRUN)
-    assert ran.status != 0 and '--batch_size must be at least 1, not 0' in ran.err
+    ran = run_script('train.py', *TINY, '--backend=nccl', cwd=tiny.parents[1], python=TORCHRUN)
+    assert ran.status != 0 and '--backend=nccl needs CUDA devices, not cpu; gloo runs anywhere' in ran.err
     assert 'train.py", line' not in ran.err # no traceback of ours
 
 
@@ -389,10 +403,10 @@ def test_one_bad_id_ends_the_run_and_costs_no_checkpoint(checked_at_start, tiny,
         monkeypatch.setattr('data.tokens.CHECK_AT_START_tokens', 0)
     run_here('train.py', *TINY, '--max_iters=4')
     before = Path('out/ckpt.pt').read_bytes()
-    write_ids(tiny / 'train.bin', [1] * 300 + [999] + [1] * 30)
+    write_ids(tiny / 'train.bin', [1] * 3900 + [999] + [1] * 99)
     ran = run_here('train.py', *TINY, '--init_from=resume', '--max_iters=400', '--eval_interval=400')
     assert ran.status == 1 and 'data/tiny/train.bin: token id 999 is not below vocab_size=20' in ran.err
-    assert len(lines(ran, 'iter ')) == 0 or not checked_at_start
+    assert bool(lines(ran, 'iter ')) != checked_at_start
     assert Path('out/ckpt.pt').read_bytes() == before
 
 
