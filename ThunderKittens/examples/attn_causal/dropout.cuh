@@ -7,12 +7,13 @@
 //   counter     x0 = group row + high half of the key, x1 = group column;  group row = row / 16 * 8 + row % 8
 //   numbers     Philox2x32-7 of the counter under the low half of the key: two words, one for row and one for row + 8;
 //               lower 16 bits for col, upper for col + 8
-//   dropped     where the number is below `threshold` = round(65536 p): the probability is exactly threshold / 65536,
+//   dropped     where the number is below `threshold` = round(65536 p), at most 65535: the probability is exactly threshold / 65536,
 //               and what is kept is scaled by exactly 65536 / (65536 - threshold)
 //
 // source  Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "kittens.cuh"
@@ -28,7 +29,7 @@ struct dropout_args {
 };
 
 inline dropout_args make_dropout(float p, const int64_t* seed) {
-    const uint32_t threshold = static_cast<uint32_t>(std::lround(65536.0 * p));
+    const uint32_t threshold = static_cast<uint32_t>(std::min(std::lround(65536.0 * p), 65535l));
     return {seed, threshold, 65536.f / static_cast<float>(65536 - threshold)};
 }
 
