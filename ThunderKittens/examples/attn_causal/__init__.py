@@ -1,5 +1,5 @@
 """
-Causal attention on an H100, as torch sees it. Letters: B batch, T rows (N in the kernels), H heads, D head dim, C = H D.
+Causal attention on an H100, as torch sees it. B batch, T rows (N in the kernels), H heads, D head dim, C = H D.
 
     from ThunderKittens.examples.attn_causal import causal_attention, causal_attention_qkv, is_available
 
@@ -26,7 +26,7 @@ def _load():
     fitting = [path for path in found if path.name == MODULE + suffix]
     if not fitting:
         if found:
-            return None, f"the kernels were built for another Python ({found[0].name}, this one needs {suffix}): {BUILD}"
+            return None, f"the kernels were built for another Python ({found[0].name}, not {suffix}): {BUILD}"
         return None, f"the kernels are not built: {BUILD}"
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(fitting[0]))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(MODULE, loader))
@@ -136,8 +136,9 @@ _library = torch.library.Library('thunderkittens', 'DEF')
 _exact = getattr(torch.Tag, 'needs_exact_strides', torch.Tag.needs_fixed_stride_order)
 _library.define('attn_causal_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)', tags=(_exact,))
 _library.define('attn_causal_qkv_fwd(Tensor qkv, int n_head) -> (Tensor, Tensor)', tags=(_exact,))
-_library.impl('attn_causal_fwd', _fwd, 'CUDA')
-_library.impl('attn_causal_qkv_fwd', _qkv_fwd, 'CUDA')
+for _key in ('CUDA', 'CPU'): # on the CPU it says that it does not run there
+    _library.impl('attn_causal_fwd', _fwd, _key)
+    _library.impl('attn_causal_qkv_fwd', _qkv_fwd, _key)
 torch.library.register_fake('thunderkittens::attn_causal_fwd', _fwd_fake, lib=_library)
 torch.library.register_fake('thunderkittens::attn_causal_qkv_fwd', _qkv_fwd_fake, lib=_library)
 _fwd_op = torch.ops.thunderkittens.attn_causal_fwd.default

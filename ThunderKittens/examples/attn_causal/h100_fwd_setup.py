@@ -4,7 +4,7 @@ Builds the kernels of this folder into one Python module, without a GPU and with
     source ThunderKittens/env.src
     cd ThunderKittens/examples/attn_causal && python h100_fwd_setup.py build
 
-Every .cu goes through nvcc and the front end through g++, in parallel, then one link: static cudart, nothing of libcuda.
+Every .cu goes through nvcc and the front end through g++, in parallel, then one link: static cudart, no libcuda.
 Needs pybind11 and setuptools, and nvcc: the CUDA toolkit's, or pip install 'cuda-toolkit[nvcc,cccl,cudart]==13.0.*'.
 The build fails where ptxas spills a register or serialises wgmma, and where a kernel holds no HGMMA.
 """

@@ -5,7 +5,7 @@ import torch
 
 
 def plain_attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v over (B, H, N, D); each row sees itself and earlier rows. Returns it and lse (B, H, N)."""
+    """softmax(q k^T / sqrt(D)) v and its lse, (B, H, N, D) and (B, H, N); each row sees itself and earlier rows."""
     N, D = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(D) # (B, H, N, N)
     future = torch.ones(N, N, dtype=torch.bool, device=q.device).triu(1)

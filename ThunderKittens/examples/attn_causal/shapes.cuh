@@ -14,19 +14,21 @@ constexpr int KV_ROWS = 128;           // rows of k and v in one step
 template <int D> struct fwd_shape;
 template <> struct fwd_shape<64> {
     static constexpr int consumers = 3; // warpgroups: 3 overlap softmax and products better than 2 (63 against 49 %)
+    static constexpr int q_slots = 3;   // this tile's q and the next two's: 2 cost 3 % at N = 1024
     static constexpr int stages = 4;    // k, v tiles in flight: how far the fastest warpgroup may run ahead
     static constexpr int registers = 160, producer_registers = 32;
     static constexpr bool turns = false; // warpgroups issue their products in turn; then all make the same steps
 };
 template <> struct fwd_shape<128> {
     static constexpr int consumers = 2; // 3 do not fit the registers
+    static constexpr int q_slots = 2;
     static constexpr int stages = 2;
     static constexpr int registers = 232, producer_registers = 40;
     static constexpr bool turns = true;
 };
 
-// How rows are dealt out. A head's rows are cut into pieces of Q_ROWS, and a tile is `consumers` pieces, one a warpgroup.
-// Tile 0 holds the last rows of the head and is the longest. The first rows may make a tile with fewer pieces.
+// How rows are dealt out. A head's rows are cut into pieces of Q_ROWS, and a tile is `consumers` pieces, one a
+// warpgroup. Tile 0 holds the last rows of the head and is the longest; the first rows may make one with fewer pieces.
 template <int D> constexpr int pieces_per_head(int N) {
     constexpr int per_tile = fwd_shape<D>::consumers;
     const int pieces = (N + Q_ROWS - 1) / Q_ROWS;

@@ -69,7 +69,7 @@ template <int stages> struct ring {
     }
 };
 
-// [bar.sync, bar.arrive] named barriers 1..15 (0 is __syncthreads); `threads` counts both who waits and who only arrives
+// [bar.sync, bar.arrive] named barriers 1..15 (0 is __syncthreads); `threads` counts who waits and who only arrives
 KITTENS_DEVICE void sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 KITTENS_DEVICE void arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -89,15 +89,26 @@ template <int registers> KITTENS_DEVICE void increase_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// [griddepcontrol.launch_dependents] the next kernel of the stream, if launched as a dependent one, may start to take the
-// multiprocessors that this one leaves
+// [griddepcontrol.launch_dependents] the next kernel of the stream, if launched as a dependent one, may start to take
+// the multiprocessors that this one leaves
 KITTENS_DEVICE void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // [griddepcontrol.wait] in a dependent kernel, before it reads what the one before it wrote
 KITTENS_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// threadIdx.x, read where it stands: what follows from it is computed there again, not kept in registers over a loop.
+// For code that runs seldom, inside or behind code that needs every register.
+KITTENS_DEVICE int thread_here() {
+    int t;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(t));
+    return t;
+}
+
 // true in one lane of the warp, always the same one: who issues TMA and arrives for the warp
 KITTENS_DEVICE bool elected_lane() { return (threadIdx.x & 31) == 0; }
-// which warpgroup this thread is in; the shuffle tells the compiler that a warp agrees on it
-KITTENS_DEVICE int warpgroup_id() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 7), 0); }
+// x, which is the same in all lanes of a full warp: the shuffle tells the compiler, which then keeps it out of the
+// lanes' registers
+KITTENS_DEVICE int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
+// which warpgroup this thread is in
+KITTENS_DEVICE int warpgroup_id() { return same_in_warp(static_cast<int>(threadIdx.x >> 7)); }
 
 } // namespace kittens

@@ -16,8 +16,8 @@ KITTENS_DEVICE void ldmatrix(uint32_t (&r)[4], uint32_t address) {
 }
 // [stmatrix] the same the other way
 KITTENS_DEVICE void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
 // the same with every 8x8 matrix turned over its diagonal
@@ -32,7 +32,7 @@ KITTENS_DEVICE float2 load_pair(uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
     return x;
 }
-// [mma.m16n8k16] d[16][8] += a[16][16] b[8][16]^T by one warp, no other warp needed; d in the layout of wgmma's n8 blocks
+// [mma.m16n8k16] d[16][8] += a[16][16] b[8][16]^T by one warp alone; d in the layout of wgmma's n8 blocks
 KITTENS_DEVICE void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"

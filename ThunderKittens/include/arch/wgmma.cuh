@@ -30,7 +30,8 @@ KITTENS_DEVICE uint64_t descriptor(uint32_t address, uint32_t panel_bytes = 16) 
 }
 // The same operand `bytes` further on (and its panels `panel_bytes` further apart): one 32-bit addition, no carry.
 KITTENS_DEVICE uint64_t advance(uint64_t descriptor, int bytes, int panel_bytes = 0) {
-    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4) + (static_cast<uint32_t>(panel_bytes >> 4) << 16);
+    const uint32_t panels = static_cast<uint32_t>(panel_bytes >> 4) << 16;
+    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4) + panels;
     return (descriptor & 0xffffffff00000000ull) | low;
 }
 

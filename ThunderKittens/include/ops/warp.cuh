@@ -125,7 +125,7 @@ template <class Tile, int C> KITTENS_DEVICE void load(rt_bf<C>& dst, const Tile&
 // where the other warps of the warpgroup have nothing to compute
 template <int N, class A, class B> KITTENS_DEVICE void mma_ABt(rt_fl<N>& d, const A& a, int row, const B& b) {
     static_assert(A::cols == B::cols && B::rows == N, "a is 16 x K, b is N x K");
-    const int lane = threadIdx.x & 31;
+    const int lane = thread_here() & 31;
     float(&acc)[N / 8][4] = reinterpret_cast<float(&)[N / 8][4]>(d.data);
 #pragma unroll
     for (int i = 0; i < N / 2; i++) d.data[i] = 0.f;

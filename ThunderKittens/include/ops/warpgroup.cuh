@@ -37,7 +37,8 @@ template <int N, class A, class B> KITTENS_DEVICE void mma_ABt(rt_fl<N>& d, cons
 #pragma unroll
     for (int k = 0; k < A::cols / 16; k++) wgmma::ss<0, 0>(d.data, along_k(a, k), along_k(b, k), k != 0 || accumulate);
 }
-template <int N, int K, class B> KITTENS_DEVICE void mma_ABt(rt_fl<N>& d, const rt_bf<K>& a, const B& b, int accumulate) {
+template <int N, int K, class B>
+KITTENS_DEVICE void mma_ABt(rt_fl<N>& d, const rt_bf<K>& a, const B& b, int accumulate) {
     static_assert(B::rows == N && B::cols == K, "a is 64 x K, b is N x K");
 #pragma unroll
     for (int k = 0; k < K / 16; k++) wgmma::rs<0>(d.data, a.data[k], along_k(b, k), k != 0 || accumulate);
@@ -50,7 +51,8 @@ template <int N, class A, class B> KITTENS_DEVICE void mma_AB(rt_fl<N>& d, const
 #pragma unroll
     for (int k = 0; k < A::cols / 16; k++) wgmma::ss<0, 1>(d.data, along_k(a, k), across_k(b, k), k != 0 || accumulate);
 }
-template <int N, int K, class B> KITTENS_DEVICE void mma_AB(rt_fl<N>& d, const rt_bf<K>& a, const B& b, int accumulate) {
+template <int N, int K, class B>
+KITTENS_DEVICE void mma_AB(rt_fl<N>& d, const rt_bf<K>& a, const B& b, int accumulate) {
     static_assert(B::cols == N && B::rows == K, "a is 64 x K, b is K x N");
 #pragma unroll
     for (int k = 0; k < K / 16; k++) wgmma::rs<1>(d.data, a.data[k], across_k(b, k), k != 0 || accumulate);
@@ -61,7 +63,8 @@ template <int N, int K, class B> KITTENS_DEVICE void mma_AB(rt_fl<N>& d, const r
 template <int N, class A, class B> KITTENS_DEVICE void mma_AtB(rt_fl<N>& d, const A& a, const B& b, int accumulate) {
     static_assert(A::cols == 64 && B::cols == N && A::rows == B::rows, "a is K x 64, b is K x N");
 #pragma unroll
-    for (int k = 0; k < A::rows / 16; k++) wgmma::ss<1, 1>(d.data, across_k(a, k), across_k(b, k), k != 0 || accumulate);
+    for (int k = 0; k < A::rows / 16; k++)
+        wgmma::ss<1, 1>(d.data, across_k(a, k), across_k(b, k), k != 0 || accumulate);
 }
 
 // d[m][n] (+)= sum over k of a[k][m] b[n][k]

@@ -1,0 +1,237 @@
+"""The tile library, verb by verb, on the device: integers where the answer is exact, so a wrong swizzle or a missing
+fence is a wrong number. Without a GPU: everything compiles for sm_90a, without a spill or a serialised wgmma."""
+import ctypes
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from ThunderKittens.examples.attn_causal import h100_fwd_setup as setup
+
+HERE = Path(__file__).resolve().parent
+KITTENS = HERE.parent / 'ThunderKittens'
+
+
+def nvcc_or_skip():
+    try:
+        return setup.find_nvcc()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+
+
+def compile_library(nvcc, source, target):
+    said = subprocess.run(
+        [str(nvcc), *setup.NVCC_FLAGS, '-Xcompiler', '-fvisibility=default', '-shared', '-cudart', 'static',
+         f'-I{HERE / "tiles"}', str(source), '-o', str(target),
+         *(f'-L{nvcc.parent.parent / name}' for name in ('lib64', 'lib'))],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert said.returncode == 0, said.stdout
+    return said.stdout
+
+
+@pytest.fixture(scope='module')
+def readme_example(tmp_path_factory):
+    """The example kernel of ThunderKittens/README.md, as it stands there, with a launcher behind it."""
+    blocks = re.findall(r'```cuda\n(.*?)```', (KITTENS / 'README.md').read_text(encoding='utf-8'), re.S)
+    assert len(blocks) == 1, "the README has one kernel"
+    launcher = '''
+#include "harness.cuh"
+extern "C" int test_example(void* a, void* b, void* c) {
+    return launch(scores, 1, 128, sizeof(example_smem), plain_map(a, 64, 64, 64, 64), plain_map(b, 64, 64, 64, 64),
+                  plain_map(c, 64, 64, 16, 64));
+}
+'''
+    path = tmp_path_factory.mktemp('readme') / 'example.cu'
+    path.write_text(blocks[0] + launcher, encoding='utf-8')
+    return path
+
+
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory, readme_example):
+    """{name: (library path, what the compiler said)} for every file of tests/tiles and the README's example."""
+    nvcc, folder = nvcc_or_skip(), tmp_path_factory.mktemp('tiles')
+    tiles = [path for path in sorted((HERE / 'tiles').glob('*.cu')) if path.stem != 'sanitize_attn']
+    sources = [*tiles, readme_example]
+    with ThreadPoolExecutor() as pool:
+        targets = [folder / f'{source.stem}.so' for source in sources]
+        said = list(pool.map(compile_library, [nvcc] * len(sources), sources, targets))
+    return {source.stem: (target, text) for source, target, text in zip(sources, targets, said, strict=True)}
+
+
+@pytest.fixture
+def call(compiled):
+    """call(file, function, *arguments): tensors go as addresses; the launch must succeed."""
+    def run(file, function, *arguments):
+        library = ctypes.CDLL(str(compiled[file][0]))
+        status = getattr(library, function)(
+            *(ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x) for x in arguments))
+        assert status == 0, f"{function}: CUDA error {status}"
+    return run
+
+
+def integers(*shape, low=-4, high=5, dtype=torch.bfloat16):
+    return torch.randint(low, high, shape, device='cuda').to(dtype)
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, float('nan'), device='cuda', dtype=dtype)
+
+
+def test_every_verb_compiles_without_a_spill_or_a_serialised_wgmma(compiled):
+    for name, (_, said) in compiled.items():
+        assert not setup.SERIALISED.search(said), f"{name}: {said}"
+        spills = [int(n) for pair in setup.SPILL.findall(said) for n in pair]
+        assert spills and not any(spills), f"{name}: {said}"
+
+
+@pytest.mark.gpu
+def test_tma_puts_an_element_where_the_tile_says(call):
+    x = integers(64, 128, low=-128, high=128)
+    out = poisoned(64, 128, dtype=torch.bfloat16)
+    call('shared', 'test_read_swizzled', x, out)
+    assert torch.equal(out, x)
+
+
+@pytest.mark.gpu
+def test_tma_takes_an_element_from_where_the_tile_says(call):
+    x = integers(64, 128, low=-128, high=128)
+    out = poisoned(64, 128, dtype=torch.bfloat16)
+    call('shared', 'test_write_swizzled', x, out)
+    assert torch.equal(out, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('rows, start, to', [(64, 0, 0), (1, 0, 0), (63, 0, 3), (70, 8, 1), (70, 64, 0), (40, -24, 0),
+                                             (64, 0, -5), (64, 64, 0)])
+def test_what_lies_outside_reads_as_zero_and_is_not_written(call, rows, start, to):
+    x = integers(rows, 64, low=1, high=9)
+    out_rows = 50
+    guarded = torch.full((out_rows + 64, 64), 99.0, device='cuda', dtype=torch.bfloat16)
+    call('tma', 'test_copy_box', x, rows, guarded, out_rows, start, to)
+    box = torch.zeros(64, 64, device='cuda', dtype=torch.bfloat16)
+    for i in range(64):
+        if 0 <= start + i < rows:
+            box[i] = x[start + i]
+    want = torch.full_like(guarded, 99.0)
+    for i in range(64):
+        if 0 <= to + i < out_rows:
+            want[to + i] = box[i]
+    assert torch.equal(guarded, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('rows', [1, 33, 64])
+def test_adding_adds_and_stops_at_the_last_row(call, rows):
+    x = integers(64, 64, dtype=torch.float32)
+    guarded = integers(64, 64, dtype=torch.float32)
+    run = integers(64, 64, dtype=torch.float32)
+    want, want_run = guarded.clone(), run + x
+    want[:rows] += x[:rows]
+    call('tma', 'test_add_box', x, guarded, rows, run)
+    assert torch.equal(guarded, want) and torch.equal(run, want_run)
+
+
+@pytest.mark.gpu
+def test_bytes_go_there_and_back(call):
+    x, out = torch.randn(64, 64, device='cuda'), poisoned(64, 64)
+    call('tma', 'test_copy_bytes', x, out)
+    assert torch.equal(out, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('stages', [1, 2, 3])
+def test_a_ring_keeps_its_order_over_many_rounds(call, stages):
+    items = 100
+    sums = torch.full((128,), -7, device='cuda', dtype=torch.int64)
+    call('barrier', 'test_ring', stages, items, sums)
+    assert torch.equal(sums, torch.full_like(sums, sum(i * i * (i % 3 + 1) for i in range(items))))
+
+
+@pytest.mark.gpu
+def test_who_waits_at_a_named_barrier_sees_what_was_written_before_it(call):
+    out = torch.full((128,), -1, device='cuda', dtype=torch.int32)
+    call('barrier', 'test_hand_over', out)
+    assert torch.equal(out, 3 * torch.arange(255, 127, -1, device='cuda', dtype=torch.int32))
+
+
+@pytest.mark.gpu
+def test_fragments_reach_shared_memory_as_they_lie_and_turned_over(call):
+    x = integers(64, 128, low=-128, high=128, dtype=torch.float32)
+    out, turned = poisoned(64, 128, dtype=torch.bfloat16), poisoned(128, 64, dtype=torch.bfloat16)
+    differing = torch.zeros(1, device='cuda', dtype=torch.int32)
+    call('warp', 'test_round_trip', x, out, turned, differing)
+    assert torch.equal(out.float(), x)
+    assert torch.equal(turned.float(), x.T)
+    assert differing.item() == 0, "ldmatrix does not give back what stmatrix wrote"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('first_row', [0, 1, 17, 63, 64, 127, -3])
+def test_maps_and_reductions_by_row_and_the_mask_at_any_offset(call, first_row):
+    x = integers(64, 128, low=-99, high=100, dtype=torch.float32)
+    rows, masked = poisoned(64, 2), poisoned(64, 128)
+    call('warp', 'test_maps', x, rows, masked, first_row)
+    assert torch.equal(rows, torch.stack([x.amax(1), x.sum(1)], 1))
+    row = torch.arange(64, device='cuda')[:, None]
+    future = torch.arange(128, device='cuda')[None, :] > row + first_row
+    assert torch.equal(masked, x.masked_fill(future, -5.0) * row)
+
+
+@pytest.mark.gpu
+def test_one_warp_multiplies_by_itself(call):
+    a, b, out = integers(64, 128), integers(64, 128), poisoned(64, 64)
+    call('warp', 'test_products', a, b, out)
+    assert torch.equal(out, a.float() @ b.float().T)
+
+
+@pytest.mark.gpu
+def test_powers_logarithms_and_rounding_of_one_thread(call):
+    x = torch.linspace(-140, 60, 512, device='cuda')
+    exp2, log2, halves = poisoned(512), poisoned(512), poisoned(512, 2)
+    call('warp', 'test_scalars', x, exp2, log2, halves, 512)
+    exact = torch.exp2(x.double())
+    normal = exact >= 2.0 ** -126
+    assert ((exp2.double() - exact).abs() <= 2.0 ** -21 * exact)[normal].all()
+    assert (exp2[~normal] == 0).all()
+    want = torch.log2(x.double().abs() + 0.5)
+    assert ((log2.double() - want).abs() <= 2.0 ** -20 * (1 + want.abs())).all()
+    assert torch.equal(halves, torch.stack([x, -3 * x], 1).bfloat16().float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('b_form', [0, 1], ids=['b-as-it-lies', 'b-transposed'])
+@pytest.mark.parametrize('a_form', [0, 1, 2], ids=['a-as-it-lies', 'a-transposed', 'a-in-registers'])
+@pytest.mark.parametrize('K', [64, 128])
+@pytest.mark.parametrize('N', [64, 128])
+def test_every_form_of_the_product_is_exact_on_integers(call, N, K, a_form, b_form):
+    a, b, out = integers(64, K), integers(N, K), poisoned(64, N)
+    call('warpgroup', 'test_product', N, K, a_form, b_form, a.T.contiguous() if a_form == 1 else a,
+         b.T.contiguous() if b_form == 1 else b, out)
+    assert torch.equal(out, 2 * (a.float() @ b.float().T))
+
+
+@pytest.mark.gpu
+def test_registers_and_shared_memory_give_the_same_bits(call):
+    a = torch.randn(64, 128, device='cuda').bfloat16()
+    b = torch.randn(128, 128, device='cuda').bfloat16()
+    shared, registers = poisoned(64, 128), poisoned(64, 128)
+    call('warpgroup', 'test_product', 128, 128, 0, 0, a, b, shared)
+    call('warpgroup', 'test_product', 128, 128, 2, 0, a, b, registers)
+    assert torch.equal(shared, registers)
+
+
+@pytest.mark.gpu
+def test_a_window_is_a_part_of_its_tile(call):
+    a, b, out = integers(128, 64), integers(64, 128), poisoned(64, 64)
+    call('warpgroup', 'test_windows', a, b, out)
+    assert torch.equal(out, a[64:].float() @ b[:, 64:].float())
+
+
+@pytest.mark.gpu
+def test_the_example_of_the_readme_computes_what_it_says(call):
+    a, b, c = integers(64, 64), integers(64, 64), poisoned(64, 64, dtype=torch.bfloat16)
+    call('example', 'test_example', a, b, c)
+    assert torch.equal(c, (a.float() @ b.float().T).relu().bfloat16())

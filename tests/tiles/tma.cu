@@ -1,0 +1,69 @@
+// arch/tma.cuh: tails read as zeros and are not written, coordinates may be negative, adding adds.
+#include "harness.cuh"
+
+constexpr int R = 64, C = 64;
+struct smem_plan {
+    st_bf<R, C> tile;
+    alignas(1024) float floats[R * C];
+    semaphore arrived;
+};
+
+// box at row `from` of a matrix of `rows` rows -> the box at row `to` of another
+__global__ void copy_box(const __grid_constant__ CUtensorMap in, const __grid_constant__ CUtensorMap out, int from,
+                         int to) {
+    smem_plan& s = shared_as<smem_plan>();
+    for (int i = threadIdx.x; i < R * C; i += blockDim.x) s.tile.data[i] = __float2bfloat16(777.f); // to be overwritten
+    if (threadIdx.x == 0) { init(s.arrived, 1); fence_init(); }
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        expect(s.arrived, sizeof(s.tile));
+        tma::load(s.tile.address(), in, s.arrived, 0, from, 0, 0, tma::KEEP);
+        wait(s.arrived, 0);
+        tma::store(out, s.tile.address(), 0, to, 0, 0);
+        tma::commit();
+        tma::wait_written<0>();
+    }
+}
+
+// out[rows][C] += in[R][C] by box, then += again as runs of bytes
+__global__ void add_box(const float* in, const __grid_constant__ CUtensorMap out, float* run) {
+    smem_plan& s = shared_as<smem_plan>();
+    for (int i = threadIdx.x; i < R * C; i += blockDim.x) s.floats[i] = in[i];
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        tma::reduce_add(out, smem_address(s.floats), 0, 0, 0, 0);
+        tma::reduce_add_floats(run, smem_address(s.floats), R * C * 4);
+        tma::commit();
+        tma::wait_read<0>();
+        tma::wait_written<0>();
+    }
+}
+
+// bytes there and back
+__global__ void copy_bytes(const float* in, float* out) {
+    smem_plan& s = shared_as<smem_plan>();
+    if (threadIdx.x == 0) {
+        init(s.arrived, 1);
+        fence_init();
+        expect(s.arrived, R * C * 4);
+        tma::load_bytes(smem_address(s.floats), in, R * C * 4, s.arrived);
+        wait(s.arrived, 0);
+        tma::store_bytes(out, smem_address(s.floats), R * C * 4);
+        tma::commit();
+        tma::wait_written<0>();
+    }
+}
+
+extern "C" int test_copy_box(void* in, int in_rows, void* out, int out_rows, int from, int to) {
+    return launch(copy_box, 1, 128, sizeof(smem_plan), plain_map(in, in_rows, C, R, 64),
+                  plain_map(out, out_rows, C, R, 64), from, to);
+}
+extern "C" int test_add_box(void* in, void* out, int out_rows, void* run) {
+    return launch(add_box, 1, 128, sizeof(smem_plan), static_cast<const float*>(in),
+                  plain_map(out, out_rows, C, R, C, 4), static_cast<float*>(run));
+}
+extern "C" int test_copy_bytes(void* in, void* out) {
+    return launch(copy_bytes, 1, 32, sizeof(smem_plan), static_cast<const float*>(in), static_cast<float*>(out));
+}
