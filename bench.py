@@ -53,7 +53,7 @@ device, dtype, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'com
 device_type = torch.device(device).type
 on_gpu = device_type == 'cuda'
 if on_gpu:
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(torch.device(device).index or 0)
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))

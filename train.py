@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import Checkpoints, RunLog, StopSignal, newest_checkpoint
+from data.run import Checkpoints, RunLog, StopSignal, fresh_store, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 
@@ -137,7 +137,8 @@ if ddp:
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     if backend == 'nccl' and device_type != 'cuda':
         sys.exit(f"--backend=nccl needs CUDA devices, not {device}; gloo runs anywhere")
-    dist.init_process_group(backend=backend)
+    store = fresh_store(rank, world_size)
+    dist.init_process_group(backend=backend, store=store, rank=rank, world_size=world_size)
     control = dist.new_group(backend='gloo') # small words between the processes, beside the gradients
 if master:
     try:

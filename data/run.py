@@ -19,6 +19,8 @@ import pickle
 import signal
 import sys
 import threading
+import time
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -285,6 +287,26 @@ class RunLog:
     def finish(self):
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def fresh_store(rank, world_size):
+    """
+    torchrun's key-value store, the part that only this attempt uses. The store outlives a restart, and addresses of
+    processes that are gone must not be taken for those of their successors. Every process calls this.
+    """
+    store, _, _ = next(dist.rendezvous('env://'))
+    if rank > 0: # ask under a name that nobody had before
+        call = uuid.uuid4().hex
+        store.set(f'call/{rank}', call)
+        attempt = store.get(f'answer/{call}').decode()
+        store.set(f'heard/{attempt}/{rank}', '')
+    else: # answer each one's newest call until it has heard; an older call may still stand there
+        attempt = uuid.uuid4().hex
+        for other in range(1, world_size):
+            while not store.check([f'heard/{attempt}/{other}']):
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", attempt)
+                time.sleep(0.01)
+    return dist.PrefixStore(attempt, store)
 
 
 class StopSignal:

@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 
 
+def pytest_addoption(parser):
+    parser.addoption('--kills', type=int, default=4, help="how often test_runs.py kills a run with -9")
+
+
 def why_no_h100():
     """None on a machine whose first GPU is a Hopper card, else the reason that gpu tests are skipped."""
     import torch

@@ -1,0 +1,290 @@
+"""Runs that cannot be lost: processes and nodes are killed, links cut, files damaged, and the run goes on."""
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import PYTHON, ROOT, TINY
+
+from data.run import newest_checkpoint
+
+LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
+        '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
+
+
+def torchrun(*flags, processes=2, options=('--standalone',), prefix=(), **keywords):
+    """A run under torchrun, in a process group of its own; the prefix may put it onto another host."""
+    command = [*prefix, PYTHON, '-m', 'torch.distributed.run', *options, f'--nproc_per_node={processes}',
+               str(ROOT / 'train.py'), *LONG, *flags]
+    return subprocess.Popen(command, start_new_session=True, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **keywords)
+
+
+def kill(run):
+    """kill -9 to torchrun and everything that it started."""
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+
+
+def read_until(run, words, timeout=60):
+    """Read the run's lines up to one that holds `words`; all that was read."""
+    lines, end = [], time.monotonic() + timeout
+    while time.monotonic() < end:
+        line = run.stdout.readline()
+        lines.append(line)
+        if words in line:
+            return ''.join(lines)
+        if not line:
+            break
+    raise AssertionError(f"{words!r} did not come in:\n" + ''.join(lines))
+
+
+def finish(run, timeout=120):
+    out, _ = run.communicate(timeout=timeout)
+    assert run.returncode == 0, out
+    return out
+
+
+def losses(out_dir):
+    """Every loss in log.csv by its step; a step that ran twice must have said the same twice."""
+    with open(f'{out_dir}/log.csv', newline='') as f:
+        return {(row['step'], kind): row[kind] for row in csv.DictReader(f)
+                for kind in ('loss', 'train_loss', 'val_loss') if row[kind]}
+
+
+def weights(out_dir):
+    return torch.load(f'{out_dir}/ckpt.pt', weights_only=True)['model']
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def unbroken(tiny):
+    """The run that nobody disturbs, by two processes."""
+    finish(torchrun('--out_dir=unbroken'))
+    return 'unbroken'
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, pytestconfig):
+    kills, saved, rng = pytestconfig.getoption('--kills'), 0, random.Random(1)
+    for i in range(kills):
+        resume = ['--init_from=resume'] * (saved > 0)
+        run = torchrun('--out_dir=broken', *resume)
+        read_until(run, 'iter ')
+        time.sleep(rng.random() * 0.5) # not to wait for something: to kill at any moment
+        kill(run)
+        left = [p for p in os.listdir('broken') if p.endswith('.pt')]
+        if left:
+            said = []
+            saved_now = newest_checkpoint('broken', said.append)['iter_num']
+            assert not said, said # nothing was damaged
+            assert saved_now >= saved, f"kill {i}: fell back from step {saved} to {saved_now}"
+            saved = saved_now
+        if saved >= 55: # nearly through: once more from the beginning
+            finish(torchrun('--out_dir=broken', '--init_from=resume'))
+            assert same(weights('broken'), weights(unbroken)) and losses('broken') == losses(unbroken)
+            shutil.rmtree('broken')
+            saved = 0
+    finish(torchrun('--out_dir=broken', *['--init_from=resume'] * (saved > 0)))
+    assert same(weights('broken'), weights(unbroken)) and losses('broken') == losses(unbroken)
+
+
+def children(pid):
+    with open(f'/proc/{pid}/task/{pid}/children') as f:
+        return [int(p) for p in f.read().split()]
+
+
+def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on_by_itself(unbroken):
+    run = torchrun('--out_dir=elastic', options=('--standalone', '--max-restarts=2'))
+    read_until(run, 'iter 30')
+    os.kill(children(run.pid)[1], signal.SIGKILL)
+    out = finish(run)
+    assert 'resuming from step' in out
+    assert same(weights('elastic'), weights(unbroken))
+
+
+def test_an_old_run_in_the_same_folder_is_not_taken_for_the_restarted_one(tiny):
+    finish(torchrun('--out_dir=folder', '--seed=5', options=('--nnodes=1', '--rdzv_backend=c10d', '--rdzv_id=old')))
+    old = newest_checkpoint('folder', print)['iter_num']
+    assert old == 60
+    run = torchrun('--out_dir=folder', '--save_interval=0', '--eval_interval=1000',
+                   options=('--nnodes=1', '--rdzv_backend=c10d', '--rdzv_id=new', '--max-restarts=1'))
+    read_until(run, 'iter 10')
+    os.kill(children(run.pid)[0], signal.SIGKILL)
+    out = finish(run)
+    assert 'resuming' not in out and out.count('iter 0:') == 1 # the first one was read above
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(number, tiny):
+    run = subprocess.Popen([PYTHON, str(ROOT / 'train.py'), *LONG, '--max_iters=100000', '--out_dir=out'], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    read_until(run, 'iter 7:')
+    run.send_signal(number)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, out
+    said = f"stopped by {number.name} after step "
+    step = int(out.split(said)[1].split(';')[0])
+    assert newest_checkpoint('out', print)['iter_num'] == step
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tiny):
+    run = torchrun('--max_iters=100000', '--out_dir=out')
+    read_until(run, 'iter 7:')
+    os.kill(children(run.pid)[1], signal.SIGUSR1)
+    out, _ = run.communicate(timeout=60)
+    assert 'stopped by SIGUSR1' in out and run.returncode != 0
+    assert newest_checkpoint('out', print)['iter_num'] > 7
+
+
+def test_a_process_that_fails_ends_all_within_seconds(tiny):
+    run = torchrun('--max_iters=100000', '--out_dir=out')
+    read_until(run, 'iter 7:')
+    os.kill(children(run.pid)[1], signal.SIGKILL)
+    began = time.monotonic()
+    run.communicate(timeout=60)
+    assert run.returncode != 0 and time.monotonic() - began < 20
+
+
+def damage_newest(out_dir):
+    newest = sorted(p for p in os.listdir(out_dir) if p.startswith('last-'))[-1]
+    with zipfile.ZipFile(f'{out_dir}/{newest}') as entries: # flip a bit inside the largest tensor
+        entry = max(entries.infolist(), key=lambda e: e.file_size)
+    with open(f'{out_dir}/{newest}', 'r+b') as f:
+        f.seek(entry.header_offset + 200 + entry.file_size // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 16]))
+    return newest
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(tiny, run_here):
+    full = run_here('train.py', *LONG, '--out_dir=full')
+    assert run_here('train.py', *LONG, '--out_dir=out', '--max_iters=35').status == 0
+    os.remove('out/ckpt.pt') # the same bytes as the newest under another name
+    os.remove('out/best.pt')
+    newest = damage_newest('out')
+    ran = run_here('train.py', *LONG, '--out_dir=out', '--init_from=resume')
+    assert ran.status == 0 and newest in ran.out and 'checksum' in ran.out and 'resuming from step 30' in ran.out
+    assert same(weights('out'), weights('full')) and full.status == 0
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused(tiny, run_here):
+    run_here('train.py', *LONG, '--out_dir=out', '--max_iters=5', '--keep_last=1')
+    damage_newest('out') # all names share these bytes
+    ran = run_here('train.py', *LONG, '--out_dir=out', '--init_from=resume')
+    assert ran.status == 1 and 'no whole checkpoint' in ran.err
+
+
+def test_a_disk_without_room_costs_no_checkpoint_and_not_the_run(tiny, run_here):
+    os.mkdir('out')
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=600k', 'none', 'out']
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        ran = run_here('train.py', *LONG, '--out_dir=out', '--keep_last=8')
+        assert ran.status == 0 and 'No space left' in ran.out and 'iter 59' in ran.out
+        assert newest_checkpoint('out', lambda line: pytest.fail(line))['iter_num'] > 0
+    finally:
+        subprocess.run(['umount', 'out'], check=True)
+
+
+def test_steps_with_a_nan_are_skipped_counted_and_end_the_run_when_they_do_not_end(tiny, run_here, monkeypatch):
+    import model
+    forward, calls = model.GPT.forward, []
+
+    def sometimes_nan(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        if self.training:
+            calls.append(1)
+        return logits, loss * float('nan') if self.training and bad(len(calls)) else loss
+    monkeypatch.setattr(model.GPT, 'forward', sometimes_nan)
+    bad = {5}.__contains__ # the call that is the first micro-batch of the third step
+    ran = run_here('train.py', *LONG, '--out_dir=out', '--max_iters=8', '--eval_interval=8')
+    assert ran.status == 0 and '1 steps up to 2 had a NaN or Inf and were skipped' in ran.out
+    assert all(t.isfinite().all() for t in weights('out').values())
+    calls.clear()
+    bad = range(21, 1000).__contains__
+    ran = run_here('train.py', *LONG, '--out_dir=out2', '--max_bad_steps=4')
+    assert ran.status == 1 and '4 steps in a row' in ran.err and 'out2' in ran.err
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(unbroken, tiny, run_here):
+    flags = ['--dropout=0', '--out_dir=one']
+    assert run_here('train.py', *LONG, *flags, '--max_iters=30').status == 0
+    finish(torchrun(*flags, '--init_from=resume'))
+    assert run_here('train.py', *LONG, '--dropout=0', '--out_dir=whole').status == 0
+    for (name, a), b in zip(weights('one').items(), weights('whole').values()):
+        assert (a - b).norm() <= 1e-4 * b.norm(), name
+
+
+# -----------------------------------------------------------------------------
+# two hosts: network namespaces on this machine, a cable between them
+
+def ip(*words):
+    return subprocess.run(['ip', *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_hosts():
+    names = [f'nano{os.getpid()}{c}' for c in 'ab']
+    if shutil.which('ip') is None or any(ip('netns', 'add', name).returncode != 0 for name in names):
+        pytest.skip("needs the right to make network namespaces")
+    try:
+        ip('link', 'add', 'cable0', 'netns', names[0], 'type', 'veth', 'peer', 'name', 'cable0', 'netns', names[1])
+        for i, name in enumerate(names):
+            ip('-n', name, 'addr', 'add', f'10.77.0.{i + 1}/24', 'dev', 'cable0')
+            ip('-n', name, 'link', 'set', 'lo', 'up')
+            if ip('-n', name, 'link', 'set', 'cable0', 'up').returncode != 0:
+                pytest.skip("needs the right to make virtual network devices")
+        yield names
+    finally:
+        for name in names:
+            ip('netns', 'del', name)
+
+
+def node(host, number, *flags):
+    """This node's torchrun: the documented launch, with its own address."""
+    prefix = ['ip', 'netns', 'exec', host, 'env', 'GLOO_SOCKET_IFNAME=cable0']
+    options = ['--nnodes=2', '--max-restarts=5', '--rdzv_backend=c10d', '--rdzv_endpoint=10.77.0.1:29400',
+               '--rdzv_id=run', f'--local-addr=10.77.0.{number + 1}',
+               f'--rdzv_conf=is_host={number == 0}'] # a namespace has no host name of its own to tell it by
+    return torchrun('--out_dir=shared', *flags, processes=1, options=options, prefix=prefix)
+
+
+def test_a_run_on_two_hosts_outlives_a_cut_link_and_a_killed_node(unbroken, two_hosts):
+    nodes = [node(host, i) for i, host in enumerate(two_hosts)]
+    try:
+        wait_for_step(10)
+        ip('-n', two_hosts[1], 'link', 'set', 'cable0', 'down') # cut the link
+        kill(nodes[1]) # and the node goes down
+        ip('-n', two_hosts[1], 'link', 'set', 'cable0', 'up')
+        nodes[1] = node(two_hosts[1], 1) # it comes back
+        outs = [n.communicate(timeout=240)[0] for n in nodes]
+        assert [n.returncode for n in nodes] == [0, 0], outs
+        assert any('resuming from step' in out for out in outs), outs
+        assert same(weights('shared'), weights(unbroken))
+    finally:
+        for n in nodes:
+            if n.poll() is None:
+                kill(n)
+
+
+def wait_for_step(step, timeout=90):
+    """Until a checkpoint of this step or a later one is there."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if os.path.isdir('shared') and any(int(p[5:13]) >= step for p in os.listdir('shared') if p.startswith('last-')
+                                           and p.endswith('.pt')):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint of step {step} after {timeout} s")
