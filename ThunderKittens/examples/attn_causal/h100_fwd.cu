@@ -94,9 +94,9 @@ template <int D> KITTENS_DEVICE void load_tiles(fwd_smem<D>& smem, const fwd_arg
 #pragma unroll 1
         for (int j = (t.first_piece + shape::consumers - 1) * Q_ROWS / KV_ROWS; j >= 0; j--, kv.advance()) {
             wait(smem.k_free[kv.slot], kv.parity ^ 1);
-            load(smem.k[kv.slot].address(), KV_ROWS, args.k, smem.k_arrived[kv.slot], j * KV_ROWS, h, b, tma::KEEP);
+            load(smem.k[kv.slot].address(), KV_ROWS, args.k, smem.k_arrived[kv.slot], j * KV_ROWS, h, b, KVPOL);
             wait(smem.v_free[kv.slot], kv.parity ^ 1);
-            load(smem.v[kv.slot].address(), KV_ROWS, args.v, smem.v_arrived[kv.slot], j * KV_ROWS, h, b, tma::KEEP);
+            load(smem.v[kv.slot].address(), KV_ROWS, args.v, smem.v_arrived[kv.slot], j * KV_ROWS, h, b, KVPOL);
         }
     }
 }
@@ -439,9 +439,7 @@ template <int D> const char* launch(const fwd_problem& x, cudaStream_t stream) {
     const int heads = x.B * x.H;
     const int64_t all = static_cast<int64_t>(heads) * tiles_per_head<D>(x.N);
     const int blocks = static_cast<int>(std::min<int64_t>(multiprocessors[device], all));
-    const int64_t kv_bytes = static_cast<int64_t>(x.N) * D * 4;
-    const int section = x.section_heads > 0 ? x.section_heads
-                                            : static_cast<int>(std::max<int64_t>(1, SECTION_BYTES / kv_bytes));
+    const int section = x.section_heads > 0 ? x.section_heads : fwd_shape<D>::section_heads(x.N);
     static schedule_cache known;
     const int pieces = args.pieces;
     args.schedule = known.get(heads, std::min(section, heads), tiles_per_head<D>(x.N), blocks,

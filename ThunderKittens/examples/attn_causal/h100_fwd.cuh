@@ -14,10 +14,8 @@ struct fwd_problem {
     fwd_tensor q, k, v, o;
     float* lse; // (B, H, N), contiguous
     int B, H, N, D;
-    int section_heads = 0; // heads computed at the same time; 0: as many as have k and v of SECTION_BYTES
+    int section_heads = 0; // heads computed at the same time; 0: as shapes.cuh says
 };
-
-constexpr int64_t SECTION_BYTES = 8 << 20; // k and v that stay in L2 while a section of heads is computed
 
 } // namespace attn
 

@@ -5,6 +5,12 @@
 
 #include "kittens.cuh"
 
+#ifndef TURNS128
+#define TURNS128 true
+#endif
+#ifndef KVPOL
+#define KVPOL tma::KEEP
+#endif
 namespace attn {
 
 constexpr int SMEM_LIMIT = 227 * 1024; // bytes one block may ask for on sm_90
@@ -18,13 +24,15 @@ template <> struct fwd_shape<64> {
     static constexpr int stages = 4;    // k, v tiles in flight: how far the fastest warpgroup may run ahead
     static constexpr int registers = 160, producer_registers = 32;
     static constexpr bool turns = false; // warpgroups issue their products in turn; then all make the same steps
+    static constexpr int section_heads(int) { return 32; } // computed at the same time, out of L2
 };
 template <> struct fwd_shape<128> {
     static constexpr int consumers = 2; // 3 do not fit the registers
     static constexpr int q_slots = 2;
     static constexpr int stages = 2;
     static constexpr int registers = 232, producer_registers = 40;
-    static constexpr bool turns = true;
+    static constexpr bool turns = TURNS128;
+    static constexpr int section_heads(int N) { return N < 16384 ? 16384 / N : 1; } // 8 MB of k and v
 };
 
 // How rows are dealt out. A head's rows are cut into pieces of Q_ROWS, and a tile is `consumers` pieces, one a
