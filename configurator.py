@@ -146,7 +146,9 @@ def _why_no_kernel(settings, device_type, for_training, attn_causal):
         return f"it runs on a CUDA device, not on {device_type}"
     if settings['dtype'] != 'bfloat16':
         return f"it takes bfloat16, not {settings['dtype']}"
-    return attn_causal.why_unavailable() or (for_training and attn_causal.why_not_training()) or ""
+    head_dim = settings['n_embd'] // settings['n_head'] if 'n_embd' in settings else 64 # of every pretrained GPT-2
+    dropout = settings.get('dropout', 0.0) if for_training else 0.0
+    return attn_causal.why_unavailable() or attn_causal.why_not_for(head_dim, dropout)
 
 
 def check_device(device):

@@ -47,6 +47,13 @@ def why_unavailable():
     return _load()[1]
 
 
+def why_not_for(head_dim, dropout=0.0):
+    """'' where the kernels can do this model's attention, else the reason in one line."""
+    if head_dim % 8 or not 8 <= head_dim <= 128:
+        return f"it takes head dims that are multiples of 8 up to 128, not {head_dim}"
+    return f"it has no dropout, and this model's is {dropout}" if dropout else ''
+
+
 def is_available():
     """Whether causal_attention runs on the current device; why_unavailable() says why not."""
     return why_unavailable() == ''
@@ -132,26 +139,98 @@ def _qkv_fwd_fake(qkv, n_head):
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
+def _backward(dout, q, k, v, out, lse, dq, dk, dv, shape, strides):
+    """Run the module's backward on the current stream; tensors and addresses, strides (batch, head, row) of each."""
+    B, H, T, D = shape
+    stats = lse.new_empty(_module().stats_floats(B, H, T))
+    with torch.cuda.device(lse.device):
+        stream = torch._C._cuda_getCurrentRawStream(lse.device.index)
+        _module().backward(q, k, v, out, dout, dq, dk, dv, lse.data_ptr(), stats.data_ptr(), B, H, T, D, *strides,
+                           0.0, 0, stream)
+
+
+def _bwd(dout, q, k, v, out, lse):
+    B, H, T, D = q.shape
+    grads = q.new_empty((3, B, T, H, D))
+    if q.numel():
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        rows = [(x.stride(0), x.stride(2), x.stride(1)) for x in (out, dout, *grads)] # (B, T, H, D) each
+        _backward(dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse,
+                  *(g.data_ptr() for g in grads), q.shape, [x.stride()[:3] for x in (q, k, v)] + rows)
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+def _bwd_fake(dout, q, k, v, out, lse):
+    return tuple(q.new_empty(q.shape) for _ in range(3))
+
+
+def _qkv_bwd(dout, qkv, out, lse, n_head):
+    B, T, C3 = qkv.shape
+    C = C3 // 3
+    D = C // n_head
+    dqkv = qkv.new_empty((B, T, C3))
+    if dqkv.numel():
+        dout = dout.contiguous()
+        address, grad = qkv.data_ptr(), dqkv.data_ptr()
+        strides = [(qkv.stride(0), D, qkv.stride(1))] * 3 + [(T * C, D, C)] * 2 + [(T * C3, D, C3)] * 3
+        _backward(dout.data_ptr(), address, address + 2 * C, address + 4 * C, out.data_ptr(), lse,
+                  grad, grad + 2 * C, grad + 4 * C, (B, n_head, T, D), strides)
+    return dqkv
+
+
+def _qkv_bwd_fake(dout, qkv, out, lse, n_head):
+    return qkv.new_empty(qkv.shape)
+
+
 _library = torch.library.Library('thunderkittens', 'DEF')
 _exact = getattr(torch.Tag, 'needs_exact_strides', torch.Tag.needs_fixed_stride_order)
-_library.define('attn_causal_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)', tags=(_exact,))
-_library.define('attn_causal_qkv_fwd(Tensor qkv, int n_head) -> (Tensor, Tensor)', tags=(_exact,))
-for _key in ('CUDA', 'CPU'): # on the CPU it says that it does not run there
-    _library.impl('attn_causal_fwd', _fwd, _key)
-    _library.impl('attn_causal_qkv_fwd', _qkv_fwd, _key)
-torch.library.register_fake('thunderkittens::attn_causal_fwd', _fwd_fake, lib=_library)
-torch.library.register_fake('thunderkittens::attn_causal_qkv_fwd', _qkv_fwd_fake, lib=_library)
+_operators = {
+    'attn_causal_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)': (_fwd, _fwd_fake),
+    'attn_causal_qkv_fwd(Tensor qkv, int n_head) -> (Tensor, Tensor)': (_qkv_fwd, _qkv_fwd_fake),
+    'attn_causal_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)':
+        (_bwd, _bwd_fake),
+    'attn_causal_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head) -> Tensor':
+        (_qkv_bwd, _qkv_bwd_fake),
+}
+for _schema, (_real, _fake) in _operators.items():
+    _name = _schema.split('(')[0]
+    _library.define(_schema, tags=(_exact,))
+    for _key in ('CUDA', 'CPU'): # on the CPU it says that it does not run there
+        _library.impl(_name, _real, _key)
+    torch.library.register_fake(f'thunderkittens::{_name}', _fake, lib=_library)
 _fwd_op = torch.ops.thunderkittens.attn_causal_fwd.default
 _qkv_fwd_op = torch.ops.thunderkittens.attn_causal_qkv_fwd.default
+_bwd_op = torch.ops.thunderkittens.attn_causal_bwd.default
+_qkv_bwd_op = torch.ops.thunderkittens.attn_causal_qkv_bwd.default
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _save_qkv(ctx, inputs, output):
+    ctx.n_head = inputs[1]
+    _save(ctx, inputs[:1], output)
+
+
+def _differentiate(ctx, dout, _):
+    q, k, v, out, lse = ctx.saved_tensors
+    return (None, None, None) if dout is None else _bwd_op(dout, q, k, v, out, lse)
+
+
+def _differentiate_qkv(ctx, dout, _):
+    qkv, out, lse = ctx.saved_tensors
+    return None if dout is None else _qkv_bwd_op(dout, qkv, out, lse, ctx.n_head), None
+
+
+torch.library.register_autograd('thunderkittens::attn_causal_fwd', _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd('thunderkittens::attn_causal_qkv_fwd', _differentiate_qkv, setup_context=_save_qkv,
+                                lib=_library)
 
 
 # ---- what models call ------------------------------------------------------------------------------------------------
-
-def _refuse_gradients(*inputs):
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise RuntimeError("causal_attention has no backward yet: call it under torch.no_grad(), or use "
-                           "torch.nn.functional.scaled_dot_product_attention for training")
-
 
 def causal_attention(q, k, v):
     """
@@ -159,21 +238,21 @@ def causal_attention(q, k, v):
 
     q, k, v   (B, H, T, D) bfloat16 on one sm_90 device, any strides that are multiples of 8 with D contiguous;
               D a multiple of 8 up to 128, T any length
-    returns   (B, H, T, D) bfloat16, a view of a contiguous (B, T, H * D)
+    returns   (B, H, T, D) bfloat16, a view of a contiguous (B, T, H * D), differentiable in q, k and v
     raises    TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
     accuracy  float32 scores and sums; RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 attention
     source    FlashAttention-2, arXiv:2307.08691; the normaliser sums rounded weights because of arXiv:2510.04212
     """
-    _refuse_gradients(q, k, v)
     return _fwd_op(q, k, v)[0].transpose(1, 2)
 
 
-def causal_attention_qkv(qkv, n_head):
+def causal_attention_qkv(qkv, n_head, dropout=0.0):
     """
     causal_attention of a packed projection: qkv (B, T, 3 * C) bfloat16, q then k then v, each (n_head, D) a row.
 
-    returns   (B, T, C) bfloat16, contiguous
+    returns   (B, T, C) bfloat16, contiguous, differentiable in qkv
     raises    as causal_attention
     """
-    _refuse_gradients(qkv)
+    if dropout:
+        raise ValueError(f"dropout must be 0, got {dropout}")
     return _qkv_fwd_op(qkv, n_head)[0]
