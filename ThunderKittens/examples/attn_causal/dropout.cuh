@@ -7,8 +7,8 @@
 //   counter     x0 = group row + high half of the key, x1 = group column;  group row = row / 16 * 8 + row % 8
 //   numbers     Philox2x32-7 of the counter under the low half of the key: two words, one for row and one for row + 8;
 //               lower 16 bits for col, upper for col + 8
-//   dropped     where the number is below `threshold` = round(65536 p), at most 65535: the probability is exactly threshold / 65536,
-//               and what is kept is scaled by exactly 65536 / (65536 - threshold)
+//   dropped     where the number is below `threshold` = round(65536 p), at most 65535: the probability is exactly
+//               threshold / 65536, and what is kept is scaled by exactly 65536 / (65536 - threshold)
 //
 // source  Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11
 #pragma once
@@ -61,7 +61,7 @@ KITTENS_DEVICE uint2 philox2x32_7(uint32_t x0, uint32_t x1, uint32_t key) {
 template <bool transposed>
 KITTENS_DEVICE uint32_t kept(const dropout_key& key, uint32_t threshold, int row, int col) {
     uint32_t bits = 0;
-    const uint32_t lane = lane_afresh(), of_lane = lane >> 2, of_pair = lane % 4 * 2;
+    const uint32_t lane = thread_here() & 31, of_lane = lane >> 2, of_pair = lane % 4 * 2;
     const uint32_t group_row = row / 2 + (transposed ? of_pair : of_lane) + key.high;
     const uint32_t group_col = col / 2 + (transposed ? of_lane : of_pair);
 #pragma unroll 1 // few registers matter more here than many products at once

@@ -22,17 +22,28 @@
 
 #include "dropout.cuh"
 #include "schedule.cuh"
-#include "bwd_shapes.cuh"
+#include "shapes.cuh"
 
 namespace attn {
 
 using namespace kittens;
 
+// What a tensor map says, for threads that load by themselves.
+struct rows_at {
+    const bf16* data;
+    int64_t batch_stride, head_stride, row_stride;
+    KITTENS_DEVICE const bf16* row(int b, int h, int r) const {
+        return data + b * batch_stride + h * head_stride + r * row_stride;
+    }
+};
+
 struct bwd_args {
     CUtensorMap q, k, v, o, dout, dq, dk, dv;
     const float* lse;
-    float* stats; // (B H, pieces, 2, 64): lse in base 2, delta
-    int N, H, pieces;
+    float* stats;   // (B H, pieces, 2, 64): lse in base 2, delta
+    float* dq_sums; // (B H, pieces, 64 D), one pass only
+    rows_at o_at, dout_at;
+    int N, H, D, pieces;
     float scale, scale_log2;
     dropout_args dropout;
     tile_schedule schedule;
@@ -646,24 +657,47 @@ __global__ void __launch_bounds__(384, 1) causal_dkdv(const __grid_constant__ bw
     }
 }
 
+} // namespace attn
+
+#include "h100_bwd_one_pass.cuh"
+
+namespace attn {
+
 // ---- host --------------------------------------------------------------------------------------------------------
 
-constexpr int THREADS = 384;
-
 template <class Kernel>
-cudaError_t launch_persistent(Kernel kernel, size_t smem_bytes, int blocks, bool after_its_predecessor,
-                              const bwd_args& args, cudaStream_t stream) {
+cudaError_t launch_kernel(Kernel kernel, int threads, size_t smem_bytes, int blocks, bool after_its_predecessor,
+                          const bwd_args& args, cudaStream_t stream) {
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks);
-    config.blockDim = dim3(THREADS);
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
     config.attrs = &overlap;
     config.numAttrs = after_its_predecessor ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// Delta and zeros, the walk, the rounding of dq.
+template <int D> cudaError_t launch_one_pass(const bwd_args& args, int blocks, cudaStream_t stream) {
+    static bool may_use_memory[64] = {};
+    int device;
+    if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+    if (!may_use_memory[device]) {
+        const cudaError_t e = cudaFuncSetAttribute(causal_one_pass<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   sizeof(one_pass_smem<D>));
+        if (e != cudaSuccess) return e;
+        may_use_memory[device] = true;
+    }
+    const int all_pieces = args.schedule.heads * args.pieces;
+    cudaError_t e = launch_kernel(causal_delta<D>, 128, 0, all_pieces, false, args, stream);
+    if (e == cudaSuccess)
+        e = launch_kernel(causal_one_pass<D>, 512, sizeof(one_pass_smem<D>), blocks, true, args, stream);
+    if (e == cudaSuccess) e = launch_kernel(causal_dq_round<D>, 128, 0, all_pieces, true, args, stream);
+    return e;
 }
 
 template <int D, bool drop> const char* launch(const bwd_problem& x, cudaStream_t stream) {
@@ -682,6 +716,13 @@ template <int D, bool drop> const char* launch(const bwd_problem& x, cudaStream_
     if (!map(args.dv, x.dv, 16)) return "no tensor map for dv";
     args.lse = x.lse;
     args.stats = x.stats;
+    args.dq_sums = x.dq_sums;
+    const auto rows = [](const fwd_tensor& t) {
+        return rows_at{static_cast<const bf16*>(t.data), t.batch_stride, t.head_stride, t.row_stride};
+    };
+    args.o_at = rows(x.o);
+    args.dout_at = rows(x.dout);
+    args.D = x.D;
     args.N = x.N;
     args.H = x.H;
     args.pieces = (x.N + ROWS - 1) / ROWS;
@@ -716,11 +757,18 @@ template <int D, bool drop> const char* launch(const bwd_problem& x, cudaStream_
         const int steps = pieces - 2 * rank;
         return steps + std::max(0, steps - 1) + BWD_TILE_COST;
     };
+    if constexpr (D == 64 && !drop) {
+        if (x.dq_sums != nullptr) {
+            args.schedule = dkdv_schedules.get(heads, section, tiles, blocks, dkdv_cost);
+            const cudaError_t e = launch_one_pass<D>(args, blocks, stream);
+            return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+        }
+    }
     args.schedule = dq_schedules.get(heads, section, tiles, blocks, dq_cost);
-    cudaError_t e = launch_persistent(dq, sizeof(dq_smem<D>), blocks, false, args, stream);
+    cudaError_t e = launch_kernel(dq, 384, sizeof(dq_smem<D>), blocks, false, args, stream);
     if (e != cudaSuccess) return cudaGetErrorString(e);
     args.schedule = dkdv_schedules.get(heads, section, tiles, blocks, dkdv_cost);
-    e = launch_persistent(dkdv, sizeof(dkdv_smem<D>), blocks, true, args, stream);
+    e = launch_kernel(dkdv, 384, sizeof(dkdv_smem<D>), blocks, true, args, stream);
     return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 

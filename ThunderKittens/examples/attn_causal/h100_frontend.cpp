@@ -1,5 +1,5 @@
-// h100_frontend.cpp: the kernels as a Python module. Raw pointers, sizes, strides and a stream: no torch headers, so a new
-// torch never breaks it. Every check that a caller can fail is here; what came is in the message.
+// h100_frontend.cpp: the kernels as a Python module. Raw pointers, sizes, strides and a stream: no torch headers, so a
+// new torch never breaks it. Every check that a caller can fail is here; what came is in the message.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -48,8 +48,8 @@ void check_sizes(int64_t B, int64_t H, int64_t N, int64_t D) {
         throw py::value_error("batch, heads and rows must be at least 1, got " + std::to_string(B) + ", " +
                               std::to_string(H) + ", " + std::to_string(N));
     if (B * H > INT32_MAX / 64 || N > INT32_MAX - 256 || (B * H) * ((N + 63) / 64) > INT32_MAX)
-        throw py::value_error("too many rows: batch x heads x rows is " + std::to_string(B) + " x " + std::to_string(H) +
-                              " x " + std::to_string(N));
+        throw py::value_error("too many rows: batch x heads x rows is " + std::to_string(B) + " x " +
+                              std::to_string(H) + " x " + std::to_string(N));
 }
 
 void check_dropout(float dropout, uintptr_t seed) {
@@ -61,7 +61,7 @@ void check_dropout(float dropout, uintptr_t seed) {
 
 void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, int64_t B, int64_t H, int64_t N,
              int64_t D, const py::tuple& q_strides, const py::tuple& k_strides, const py::tuple& v_strides,
-             const py::tuple& o_strides, uintptr_t stream, int section_heads) {
+             const py::tuple& o_strides, uintptr_t stream, float dropout, uintptr_t seed, int section_heads) {
     check_sizes(B, H, N, D);
     if (lse == 0 || lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats");
     const int64_t extents[3] = {B, H, N};
@@ -75,22 +75,29 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, 
     problem.H = static_cast<int>(H);
     problem.N = static_cast<int>(N);
     problem.D = static_cast<int>(D);
+    check_dropout(dropout, seed);
+    problem.dropout = dropout;
+    problem.seed = reinterpret_cast<const int64_t*>(seed);
     problem.section_heads = section_heads;
     if (const char* error = launch_causal_forward(&problem, reinterpret_cast<void*>(stream)))
         throw std::runtime_error(std::string("causal attention forward: ") + error);
 }
 
-// dq, dk, dv of what forward wrote into o and lse. `stats`: scratch of stats_floats(B, H, N) floats, any contents.
+// dq, dk, dv of what forward wrote into o and lse. `stats`, `dq_sums`: scratch of stats_floats(B, H, N) and
+// sums_floats(B, H, N) floats, any contents; dq_sums = 0 takes two passes, which give the same bits every time.
 // dropout > 0: the forward's, and the address of its seed (int64, on the device; read when the kernels run).
 void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t dout, uintptr_t dq, uintptr_t dk,
               uintptr_t dv, uintptr_t lse, uintptr_t stats, int64_t B, int64_t H, int64_t N, int64_t D,
               const py::tuple& q_strides, const py::tuple& k_strides, const py::tuple& v_strides,
               const py::tuple& o_strides, const py::tuple& dout_strides, const py::tuple& dq_strides,
               const py::tuple& dk_strides, const py::tuple& dv_strides, float dropout, uintptr_t seed,
-              uintptr_t stream) {
+              uintptr_t stream, uintptr_t dq_sums) {
     check_sizes(B, H, N, D);
     if (lse == 0 || lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats");
     if (stats == 0 || stats % 16 != 0) throw py::value_error("stats must start at a multiple of 16 bytes");
+    if (dq_sums % 16 != 0) throw py::value_error("dq_sums must start at a multiple of 16 bytes");
+    if (dq_sums != 0 && (D > 64 || dropout > 0.f))
+        throw py::value_error("one pass takes head dims up to 64 without dropout: dq_sums must be 0");
     check_dropout(dropout, seed);
     const int64_t extents[3] = {B, H, N};
     attn::bwd_problem problem{};
@@ -104,6 +111,7 @@ void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t dout
     problem.dv = tensor("dv", dv, dv_strides, extents);
     problem.lse = reinterpret_cast<const float*>(lse);
     problem.stats = reinterpret_cast<float*>(stats);
+    problem.dq_sums = reinterpret_cast<float*>(dq_sums);
     problem.B = static_cast<int>(B);
     problem.H = static_cast<int>(H);
     problem.N = static_cast<int>(N);
@@ -121,15 +129,18 @@ PYBIND11_MODULE(h100_attn_causal, m) {
     m.attr("sources") = SOURCES; // hash of what this was built from
     m.def("forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("B"),
           py::arg("H"), py::arg("N"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
-          py::arg("o_strides"), py::arg("stream"), py::arg("section_heads") = 0,
-          "Queue the forward on `stream`: bf16 q, k, v, o by address with strides (batch, head, row) in elements, float "
-          "lse (B, H, N).");
+          py::arg("o_strides"), py::arg("stream"), py::arg("dropout") = 0.f, py::arg("seed") = 0,
+          py::arg("section_heads") = 0,
+          "Queue the forward on `stream`: bf16 q, k, v, o by address with strides (batch, head, row) in elements, "
+          "float lse (B, H, N).");
     m.def("backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),
           py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("stats"), py::arg("B"), py::arg("H"), py::arg("N"),
           py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("o_strides"),
           py::arg("dout_strides"), py::arg("dq_strides"), py::arg("dk_strides"), py::arg("dv_strides"),
-          py::arg("dropout"), py::arg("seed"), py::arg("stream"),
+          py::arg("dropout"), py::arg("seed"), py::arg("stream"), py::arg("dq_sums") = 0,
           "Queue the backward on `stream`: bf16 tensors by address with strides (batch, head, row) in elements.");
     m.def("stats_floats", &attn::bwd_stats_floats, py::arg("B"), py::arg("H"), py::arg("N"),
           "Floats of scratch that the backward needs.");
+    m.def("sums_floats", &attn::bwd_sums_floats, py::arg("B"), py::arg("H"), py::arg("N"),
+          "Floats of scratch that the backward's one pass needs besides.");
 }

@@ -9,6 +9,7 @@
 // softmax    in base 2, with an offset a row that is fixed at the diagonal: exp2(s * scale_log2 - offset), no maximum
 //            and no rescaling afterwards. It is exact while no later score exceeds the offset by JUMP; a step in
 //            which one does is done again the ordinary way, with the maximum so far
+// dropout    p is added up and then zero where dropout.cuh says so; what is kept is scaled with o
 // epilogue   o / (sum of the rounded p) -> q's shared tile -> TMA store;  lse = offset + log2(sum of p), the exact one
 // limits     sm_90a; D a multiple of 8 up to 128; N >= 1; strides and bases multiples of 16 bytes
 #include "h100_fwd.cuh"
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dropout.cuh"
 #include "schedule.cuh"
 #include "shapes.cuh"
 
@@ -29,6 +31,7 @@ struct fwd_args {
     int N, pieces;
     divisor H;
     float scale_log2;
+    dropout_args dropout;
     tile_schedule schedule;
 };
 
@@ -46,6 +49,8 @@ template <int D> struct fwd_smem {
 };
 static_assert(sizeof(fwd_smem<64>) <= SMEM_LIMIT, "head dim 64: fewer stages or smaller tiles");
 static_assert(sizeof(fwd_smem<128>) <= SMEM_LIMIT, "head dim 128: fewer stages or smaller tiles");
+
+KITTENS_DEVICE int warp_row() { return (thread_here() >> 5 & 3) * 16; } // this warp's first one in a piece
 
 struct tile {
     int head, first_piece; // first_piece may be negative: then the first warpgroups have no rows
@@ -111,9 +116,10 @@ constexpr float JUMP = 0x1p48f;
 // The offset of a row that has seen no finite score: any finite one exceeds it by more than JUMP.
 constexpr float NO_OFFSET = -1e30f;
 
-// offset and sum of p in base 2; a thread's sum covers the columns it holds
+// offset and sum of p in base 2; a thread's sum covers the columns it holds. With dropout also the sum of p as it was
+// rounded, before some of it is dropped.
 struct row_state {
-    rv_fl offset, sum;
+    rv_fl offset, sum, rounded;
 };
 
 // p = 2^(s - offset) in place over columns [0, cols); `step_sum` is what they add up to
@@ -163,9 +169,28 @@ KITTENS_DEVICE void moving_softmax(scores& s, rv_fl& step_sum, row_state& rows, 
         shrink.data[h] = exp2_fast(rows.offset.data[h] - offset);
         rows.offset.data[h] = offset;
         rows.sum.data[h] *= shrink.data[h];
+        rows.rounded.data[h] *= shrink.data[h];
     }
     warp::mul_row(o, shrink);
     exponentials<KV_ROWS>(s, step_sum, rows.offset, scale_log2);
+}
+
+// p of 16 x 128: what it adds up to, and then zero where dropped
+KITTENS_DEVICE void drop_some(probabilities& p, row_state& rows, const fwd_args& args, int head, int row, int col) {
+    const dropout_key key = head_key(*args.dropout.seed, head);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t keep = kept<false>(key, args.dropout.threshold, row, col + 64 * half);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint32_t& pair = p.data[4 * half + k][i];
+                rows.rounded.data[i % 2] += low_bf16(pair) + high_bf16(pair);
+                const int bit = 8 * k + 4 * (i / 2) + 2 * (i % 2);
+                pair &= (keep >> bit & 1 ? 0x0000ffffu : 0) | (keep >> bit & 2 ? 0xffff0000u : 0);
+            }
+    }
 }
 
 // ---- consumer: products ------------------------------------------------------------------------------------------
@@ -197,18 +222,20 @@ KITTENS_DEVICE void wall(bool taken) {
 
 // ---- consumer: one warpgroup -------------------------------------------------------------------------------------
 
-template <int D>
+template <int D, bool drop>
 KITTENS_DEVICE void store_output(fwd_smem<D>& smem, const fwd_args& args, output<D>& o, row_state& rows,
                                  const st_bf<Q_ROWS, D>& slab, int head, int piece) {
     const int warp_row = (thread_here() >> 5 & 3) * 16, row = piece * Q_ROWS + warp_row;
-    warp::reduce_quad(rows.sum, [](float a, float b) { return a + b; });
-    const rv_fl rounded = {o.data[D / 2], o.data[D / 2 + 2]};
+    const auto add = [](float a, float b) { return a + b; };
+    warp::reduce_quad(rows.sum, add);
+    if constexpr (drop) warp::reduce_quad(rows.rounded, add);
+    const rv_fl rounded = drop ? rows.rounded : rv_fl{o.data[D / 2], o.data[D / 2 + 2]};
     rt_bf<D> out;
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float by = 1.f / rounded.data[i % 2];
+            const float by = (drop ? args.dropout.scale : 1.f) / rounded.data[i % 2];
             out.data[k][i] = pack_bf16(o.data[8 * k + 2 * i] * by, o.data[8 * k + 2 * i + 1] * by);
         }
     warp::store(slab, warp_row, out);
@@ -227,7 +254,7 @@ KITTENS_DEVICE void store_output(fwd_smem<D>& smem, const fwd_args& args, output
                 (rows.offset.data[i] + log2_fast(rows.sum.data[i])) * LN2;
 }
 
-template <int D> KITTENS_DEVICE void attend(fwd_smem<D>& smem, const fwd_args& args, const int w) {
+template <int D, bool drop> KITTENS_DEVICE void attend(fwd_smem<D>& smem, const fwd_args& args, const int w) {
     using shape = fwd_shape<D>;
     const float scale_log2 = args.scale_log2;
     ring<shape::stages> kv;
@@ -292,6 +319,10 @@ template <int D> KITTENS_DEVICE void attend(fwd_smem<D>& smem, const fwd_args& a
         else
             first_softmax<64>(s, rows, scale_log2);
         warp::copy(p, s);
+        if constexpr (drop) {
+            rows.rounded = {0.f, 0.f};
+            drop_some(p, rows, args, t.head, piece * Q_ROWS + warp_row(), diagonal * KV_ROWS);
+        }
         if (stored && elected_lane()) { // the last piece's output has left its q by now
             tma::wait_read<0>();
             arrive(smem.q_free[q.previous().slot][w]);
@@ -326,6 +357,8 @@ template <int D> KITTENS_DEVICE void attend(fwd_smem<D>& smem, const fwd_args& a
             rows.sum.data[0] += step_sum.data[0];
             rows.sum.data[1] += step_sum.data[1];
             warp::copy(p, s);
+            if constexpr (drop)
+                drop_some(p, rows, args, t.head, piece * Q_ROWS + warp_row(), (j - 1) * KV_ROWS);
         }
 
         // the last product, and with it the next piece's first: its scores come while this piece's output leaves
@@ -348,7 +381,7 @@ template <int D> KITTENS_DEVICE void attend(fwd_smem<D>& smem, const fwd_args& a
         wgmma::wait<1>();
         warpgroup::pin(o);
         if (elected_lane()) arrive(smem.v_free[last]);
-        store_output<D>(smem, args, o, rows, q_tile, last_head, last_piece);
+        store_output<D, drop>(smem, args, o, rows, q_tile, last_head, last_piece);
         wgmma::wait<0>();
         warpgroup::pin(s);
         more = at_once || begin_piece(tile_left);
@@ -359,7 +392,7 @@ template <int D> KITTENS_DEVICE void attend(fwd_smem<D>& smem, const fwd_args& a
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
 
-template <int D>
+template <int D, bool drop>
 __global__ void __launch_bounds__((fwd_shape<D>::consumers + 1) * 128, 1)
     causal_forward(const __grid_constant__ fwd_args args) {
     using shape = fwd_shape<D>;
@@ -394,7 +427,7 @@ __global__ void __launch_bounds__((fwd_shape<D>::consumers + 1) * 128, 1)
         if (same_in_warp(threadIdx.x % 128 / 32) == 0) load_tiles<D>(smem, args);
     } else {
         increase_registers<shape::registers>();
-        attend<D>(smem, args, w);
+        attend<D, drop>(smem, args, w);
     }
 }
 
@@ -410,7 +443,7 @@ template <int D> float cost_of_tile(int pieces, int rank) {
     return sum;
 }
 
-template <int D> const char* launch(const fwd_problem& x, cudaStream_t stream) {
+template <int D, bool drop> const char* launch(const fwd_problem& x, cudaStream_t stream) {
     fwd_args args;
     const auto layout = [&](const fwd_tensor& t) {
         return gl{t.data, x.B, x.H, x.N, x.D, t.batch_stride, t.head_stride, t.row_stride};
@@ -424,12 +457,13 @@ template <int D> const char* launch(const fwd_problem& x, cudaStream_t stream) {
     args.H = divisor(x.H);
     args.pieces = pieces_per_head<D>(x.N);
     args.scale_log2 = LOG2E / std::sqrt(static_cast<float>(x.D));
+    args.dropout = make_dropout(x.dropout, x.seed);
 
     static int multiprocessors[64] = {}; // by device; set once the kernel may use its shared memory there
     int device;
     if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return cudaGetErrorString(e);
     if (multiprocessors[device] == 0) {
-        cudaError_t e = cudaFuncSetAttribute(causal_forward<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        cudaError_t e = cudaFuncSetAttribute(causal_forward<D, drop>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              sizeof(fwd_smem<D>));
         int count = 0;
         if (e == cudaSuccess) e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
@@ -444,7 +478,7 @@ template <int D> const char* launch(const fwd_problem& x, cudaStream_t stream) {
     const int pieces = args.pieces;
     args.schedule = known.get(heads, std::min(section, heads), tiles_per_head<D>(x.N), blocks,
                               [pieces](int rank) { return cost_of_tile<D>(pieces, rank); });
-    causal_forward<D><<<blocks, (fwd_shape<D>::consumers + 1) * 128, sizeof(fwd_smem<D>), stream>>>(args);
+    causal_forward<D, drop><<<blocks, (fwd_shape<D>::consumers + 1) * 128, sizeof(fwd_smem<D>), stream>>>(args);
     const cudaError_t e = cudaGetLastError();
     return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
@@ -453,5 +487,7 @@ template <int D> const char* launch(const fwd_problem& x, cudaStream_t stream) {
 
 extern "C" const char* launch_causal_forward(const attn::fwd_problem* problem, void* stream) {
     const auto s = static_cast<cudaStream_t>(stream);
-    return problem->D <= 64 ? attn::launch<64>(*problem, s) : attn::launch<128>(*problem, s);
+    const attn::fwd_problem& x = *problem;
+    if (x.dropout > 0.f) return x.D <= 64 ? attn::launch<64, true>(x, s) : attn::launch<128, true>(x, s);
+    return x.D <= 64 ? attn::launch<64, false>(x, s) : attn::launch<128, false>(x, s);
 }

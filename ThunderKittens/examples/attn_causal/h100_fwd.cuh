@@ -14,7 +14,9 @@ struct fwd_problem {
     fwd_tensor q, k, v, o;
     float* lse; // (B, H, N), contiguous
     int B, H, N, D;
-    int section_heads = 0; // heads computed at the same time; 0: as shapes.cuh says
+    float dropout = 0.f;           // probability that a score is dropped after the softmax
+    const int64_t* seed = nullptr; // on the device, read when the kernel runs; needed where dropout > 0
+    int section_heads = 0;         // heads computed at the same time; 0: as shapes.cuh says
 };
 
 } // namespace attn

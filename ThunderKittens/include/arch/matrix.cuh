@@ -32,6 +32,12 @@ KITTENS_DEVICE float2 load_pair(uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
     return x;
 }
+// [st.shared.v4] to `address` unless that is 0
+KITTENS_DEVICE void store_if(uint32_t address, float a, float b, float c, float d) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::
+                     "r"(address), "f"(a), "f"(b), "f"(c), "f"(d)
+                 : "memory");
+}
 // [mma.m16n8k16] d[16][8] += a[16][16] b[8][16]^T by one warp alone; d in the layout of wgmma's n8 blocks
 KITTENS_DEVICE void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

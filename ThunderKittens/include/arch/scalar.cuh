@@ -32,11 +32,4 @@ KITTENS_DEVICE uint32_t pack_bf16(float low, float high) {
 KITTENS_DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 KITTENS_DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// [%laneid] read afresh each time: what is computed from it is not kept in a register across a loop
-KITTENS_DEVICE uint32_t lane_afresh() {
-    uint32_t lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
-}
-
 } // namespace kittens

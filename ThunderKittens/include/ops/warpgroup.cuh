@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../arch/matrix.cuh"
 #include "../arch/wgmma.cuh"
 #include "../types/register.cuh"
 #include "../types/shared.cuh"
@@ -19,6 +20,13 @@ namespace warpgroup {
 template <int C> KITTENS_DEVICE void pin(rt_fl<C>& d) {
 #pragma unroll
     for (int i = 0; i < C / 2; i++) asm volatile("" : "+f"(d.data[i])::"memory");
+}
+
+// d is computed before this point: a wait that is written behind it stays behind, where ptxas would move it up above
+// arithmetic that does not need it. `never` must be 0, and the compiler must not know: stores that do not happen.
+template <int C> KITTENS_DEVICE void hold(const rt_fl<C>& d, uint32_t never) {
+#pragma unroll
+    for (int i = 0; i < C / 2; i += 4) store_if(never, d.data[i], d.data[i + 1], d.data[i + 2], d.data[i + 3]);
 }
 
 // Descriptor of step k (16 of K) of an operand whose rows are contiguous along K ...
