@@ -225,10 +225,17 @@ class RunLog:
         if not self.csv_path.exists():
             return []
         with open(self.csv_path, newline='', encoding='utf-8', errors='replace') as f:
-            rows = [{k: row.get(k) for k in self.FIELDS} for row in csv.DictReader(f)]
-        at = [int(row['step']) if (row['step'] or '').isdigit() else first_step + 1 for row in rows]
-        return [row for row, step in zip(rows, at) # of the first step itself, only its evaluation has been
-                if step < first_step or step == first_step and row['val_loss']]
+            lines = (line.replace('\0', '') for line in f)
+            rows = [{k: row.get(k) for k in self.FIELDS} for row in csv.DictReader(lines)]
+        kept = []
+        for row in rows:
+            try: # a line that the disk or a kill spoiled is left out
+                step, _ = int(row['step']), [float(value) for value in row.values() if value]
+                at_first = step == first_step and row['val_loss'] # of the first step, only its evaluation has been
+                kept += [row] if step < first_step or at_first else []
+            except (TypeError, ValueError):
+                pass
+        return kept
 
     def _write(self, mode, rows):
         try:

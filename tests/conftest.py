@@ -20,6 +20,7 @@ PYTHON = sys.executable
 
 def pytest_addoption(parser):
     parser.addoption('--kills', type=int, default=4, help="how often test_runs.py kills a run with -9")
+    parser.addoption('--mutations', type=int, default=100, help="how many damaged inputs test_mutations.py tries")
 
 
 def why_no_h100():
