@@ -51,7 +51,12 @@ def why_not_for(head_dim, dropout=0.0):
     """'' where the kernels can do this model's attention, else the reason in one line."""
     if head_dim % 8 or not 8 <= head_dim <= 128:
         return f"it takes head dims that are multiples of 8 up to 128, not {head_dim}"
-    return f"it has no dropout, and this model's is {dropout}" if dropout else ''
+    return '' if 0 <= dropout < 1 else f"it takes a dropout of at least 0 and below 1, not {dropout}"
+
+
+def why_not_training():
+    """'' where forward and backward run, else the reason in one line. Both are in one module."""
+    return why_unavailable()
 
 
 def is_available():
@@ -92,105 +97,134 @@ def _check_packed(qkv, n_head):
         raise ValueError(f"qkv must be (B, T, 3 * {n_head} heads * D), got {tuple(qkv.shape)}")
 
 
-def _queue(device, *arguments):
-    """Run the module's forward on the device's current stream."""
-    index = device.index
+def _check_dropout(dropout, seed):
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if dropout and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
+        raise ValueError("dropout needs a seed: one int64 on the device")
+
+
+def _queue(kernel, device, seed, dropout, *arguments):
+    """Run a function of the module on the device's current stream; `arguments` are its own but for the stream."""
+    index, address = device.index, seed.data_ptr() if dropout else 0
     if index == torch.cuda.current_device():
-        _module().forward(*arguments, torch._C._cuda_getCurrentRawStream(index))
+        kernel(*arguments, torch._C._cuda_getCurrentRawStream(index), dropout, address)
     else:
         with torch.cuda.device(index):
-            _module().forward(*arguments, torch._C._cuda_getCurrentRawStream(index))
+            kernel(*arguments, torch._C._cuda_getCurrentRawStream(index), dropout, address)
 
 
-def _fwd(q, k, v):
+def _forward(addresses, lse, shape, strides, seed, dropout):
+    """`addresses` of q, k, v, out, and the `strides` of each, (batch, head, row), in elements."""
+    _queue(_module().forward, lse.device, seed, dropout, *addresses, lse.data_ptr(), *shape, *strides)
+
+
+def _fwd(q, k, v, seed, dropout):
     _check_split(q, k, v)
+    _check_dropout(dropout, seed)
     B, H, T, D = q.shape
     out = q.new_empty((B, T, H, D))
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if out.numel():
-        _queue(q.device, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), B, H, T, D,
-               q.stride()[:3], k.stride()[:3], v.stride()[:3], (T * H * D, D, H * D))
+        _forward((q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()), lse, (B, H, T, D),
+                 (q.stride()[:3], k.stride()[:3], v.stride()[:3], (T * H * D, D, H * D)), seed, dropout)
     return out, lse
 
 
-def _fwd_fake(q, k, v):
+def _fwd_fake(q, k, v, seed, dropout):
     _check_split(q, k, v)
     B, H, T, D = q.shape
     return q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
 
 
-def _qkv_fwd(qkv, n_head):
+def _qkv_fwd(qkv, seed, n_head, dropout):
     _check_packed(qkv, n_head)
+    _check_dropout(dropout, seed)
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
     out = qkv.new_empty((B, T, C))
     lse = qkv.new_empty((B, n_head, T), dtype=torch.float32)
     if out.numel():
-        address, strides = qkv.data_ptr(), (qkv.stride(0), D, qkv.stride(1))
-        _queue(qkv.device, address, address + 2 * C, address + 4 * C, out.data_ptr(), lse.data_ptr(), B, n_head, T, D,
-               strides, strides, strides, (T * C, D, C))
+        address, packed = qkv.data_ptr(), (qkv.stride(0), D, qkv.stride(1))
+        _forward((address, address + 2 * C, address + 4 * C, out.data_ptr()), lse, (B, n_head, T, D),
+                 (packed, packed, packed, (T * C, D, C)), seed, dropout)
     return out, lse
 
 
-def _qkv_fwd_fake(qkv, n_head):
+def _qkv_fwd_fake(qkv, seed, n_head, dropout):
     _check_packed(qkv, n_head)
     B, T, C3 = qkv.shape
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
-def _backward(dout, q, k, v, out, lse, dq, dk, dv, shape, strides):
-    """Run the module's backward on the current stream; tensors and addresses, strides (batch, head, row) of each."""
+# From this many rows on one pass is faster than two; its dq differs in the last bits from run to run.
+ONE_PASS_ROWS = 2048
+
+
+def _backward(addresses, lse, shape, strides, seed, dropout):
+    """`addresses` of q, k, v, out, dout, dq, dk, dv, and the `strides` of each, (batch, head, row), in elements."""
     B, H, T, D = shape
     stats = lse.new_empty(_module().stats_floats(B, H, T))
-    with torch.cuda.device(lse.device):
-        stream = torch._C._cuda_getCurrentRawStream(lse.device.index)
-        _module().backward(q, k, v, out, dout, dq, dk, dv, lse.data_ptr(), stats.data_ptr(), B, H, T, D, *strides,
-                           0.0, 0, stream)
+    sums = None
+    if T >= ONE_PASS_ROWS and D <= 64 and not dropout and not torch.are_deterministic_algorithms_enabled():
+        sums = lse.new_empty(_module().sums_floats(B, H, T))
+    _queue(_module().backward, lse.device, seed, dropout, *addresses, lse.data_ptr(), stats.data_ptr(),
+           0 if sums is None else sums.data_ptr(), *shape, *strides)
 
 
-def _bwd(dout, q, k, v, out, lse):
+def _readable(x):
+    """x, or a copy where the copy engine cannot read it: a last axis with gaps, other strides not multiples of 8."""
+    strides = [s for s, size in zip(x.stride()[:-1], x.shape[:-1]) if size > 1]
+    readable = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides) and x.data_ptr() % 16 == 0
+    return x if readable else x.contiguous()
+
+
+def _bwd(dout, q, k, v, out, lse, seed, dropout):
     B, H, T, D = q.shape
-    grads = q.new_empty((3, B, T, H, D))
+    grads = [q.new_empty((B, H, T, D)) for _ in range(3)]
     if q.numel():
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        rows = [(x.stride(0), x.stride(2), x.stride(1)) for x in (out, dout, *grads)] # (B, T, H, D) each
-        _backward(dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse,
-                  *(g.data_ptr() for g in grads), q.shape, [x.stride()[:3] for x in (q, k, v)] + rows)
-    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+        dout = _readable(dout)
+        rows = [(x.stride(0), x.stride(2), x.stride(1)) for x in (out, dout)] # (B, T, H, D)
+        _backward([x.data_ptr() for x in (q, k, v, out, dout, *grads)], lse, (B, H, T, D),
+                  [x.stride()[:3] for x in (q, k, v)] + rows + [x.stride()[:3] for x in grads], seed, dropout)
+    return tuple(grads)
 
 
-def _bwd_fake(dout, q, k, v, out, lse):
+def _bwd_fake(dout, q, k, v, out, lse, seed, dropout):
     return tuple(q.new_empty(q.shape) for _ in range(3))
 
 
-def _qkv_bwd(dout, qkv, out, lse, n_head):
+def _qkv_bwd(dout, qkv, out, lse, seed, n_head, dropout):
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
     dqkv = qkv.new_empty((B, T, C3))
     if dqkv.numel():
-        dout = dout.contiguous()
+        dout = _readable(dout)
         address, grad = qkv.data_ptr(), dqkv.data_ptr()
-        strides = [(qkv.stride(0), D, qkv.stride(1))] * 3 + [(T * C, D, C)] * 2 + [(T * C3, D, C3)] * 3
-        _backward(dout.data_ptr(), address, address + 2 * C, address + 4 * C, out.data_ptr(), lse,
-                  grad, grad + 2 * C, grad + 4 * C, (B, n_head, T, D), strides)
+        _backward((address, address + 2 * C, address + 4 * C, out.data_ptr(), dout.data_ptr(),
+                   grad, grad + 2 * C, grad + 4 * C), lse, (B, n_head, T, D),
+                  [(qkv.stride(0), D, qkv.stride(1))] * 3 + [(T * C, D, C), (dout.stride(0), D, dout.stride(1))] +
+                  [(T * C3, D, C3)] * 3, seed, dropout)
     return dqkv
 
 
-def _qkv_bwd_fake(dout, qkv, out, lse, n_head):
+def _qkv_bwd_fake(dout, qkv, out, lse, seed, n_head, dropout):
     return qkv.new_empty(qkv.shape)
 
 
 _library = torch.library.Library('thunderkittens', 'DEF')
 _exact = getattr(torch.Tag, 'needs_exact_strides', torch.Tag.needs_fixed_stride_order)
 _operators = {
-    'attn_causal_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)': (_fwd, _fwd_fake),
-    'attn_causal_qkv_fwd(Tensor qkv, int n_head) -> (Tensor, Tensor)': (_qkv_fwd, _qkv_fwd_fake),
-    'attn_causal_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)':
-        (_bwd, _bwd_fake),
-    'attn_causal_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head) -> Tensor':
-        (_qkv_bwd, _qkv_bwd_fake),
+    'attn_causal_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, float dropout) -> (Tensor, Tensor)':
+        (_fwd, _fwd_fake),
+    'attn_causal_qkv_fwd(Tensor qkv, Tensor? seed, int n_head, float dropout) -> (Tensor, Tensor)':
+        (_qkv_fwd, _qkv_fwd_fake),
+    'attn_causal_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float dropout)'
+    ' -> (Tensor, Tensor, Tensor)': (_bwd, _bwd_fake),
+    'attn_causal_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float dropout)'
+    ' -> Tensor': (_qkv_bwd, _qkv_bwd_fake),
 }
 for _schema, (_real, _fake) in _operators.items():
     _name = _schema.split('(')[0]
@@ -205,24 +239,26 @@ _qkv_bwd_op = torch.ops.thunderkittens.attn_causal_qkv_bwd.default
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, seed, dropout = inputs
+    ctx.dropout = dropout
+    ctx.save_for_backward(*tensors, *output, seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _save_qkv(ctx, inputs, output):
-    ctx.n_head = inputs[1]
-    _save(ctx, inputs[:1], output)
+    qkv, seed, ctx.n_head, dropout = inputs
+    _save(ctx, (qkv, seed, dropout), output)
 
 
 def _differentiate(ctx, dout, _):
-    q, k, v, out, lse = ctx.saved_tensors
-    return (None, None, None) if dout is None else _bwd_op(dout, q, k, v, out, lse)
+    grads = (None,) * 3 if dout is None else _bwd_op(dout, *ctx.saved_tensors, ctx.dropout)
+    return *grads, None, None
 
 
 def _differentiate_qkv(ctx, dout, _):
-    qkv, out, lse = ctx.saved_tensors
-    return None if dout is None else _qkv_bwd_op(dout, qkv, out, lse, ctx.n_head), None
+    grad = None if dout is None else _qkv_bwd_op(dout, *ctx.saved_tensors, ctx.n_head, ctx.dropout)
+    return grad, None, None, None
 
 
 torch.library.register_autograd('thunderkittens::attn_causal_fwd', _differentiate, setup_context=_save, lib=_library)
@@ -232,18 +268,27 @@ torch.library.register_autograd('thunderkittens::attn_causal_qkv_fwd', _differen
 
 # ---- what models call ------------------------------------------------------------------------------------------------
 
-def causal_attention(q, k, v):
+def _draw_seed(x, dropout):
+    """One number from torch's generator, drawn on the device: captured in a CUDA graph it is drawn at each replay, and
+    activation checkpointing, which restores the generator, draws it again. None without dropout."""
+    return torch.randint(2 ** 62, (1,), dtype=torch.int64, device=x.device) if dropout else None
+
+
+def causal_attention(q, k, v, dropout=0.0):
     """
     softmax(q k^T / sqrt(D)) v, each row looking only at itself and earlier rows.
 
     q, k, v   (B, H, T, D) bfloat16 on one sm_90 device, any strides that are multiples of 8 with D contiguous;
               D a multiple of 8 up to 128, T any length
+    dropout   probability that a weight is dropped after the softmax, in steps of 2^-16; the others grow accordingly
     returns   (B, H, T, D) bfloat16, a view of a contiguous (B, T, H * D), differentiable in q, k and v
     raises    TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
     accuracy  float32 scores and sums; RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 attention
+    repeats   the same bits every time, but for the gradient of q from 2048 rows on with D up to 64: there it does under
+              torch.use_deterministic_algorithms(True)
     source    FlashAttention-2, arXiv:2307.08691; the normaliser sums rounded weights because of arXiv:2510.04212
     """
-    return _fwd_op(q, k, v)[0].transpose(1, 2)
+    return _fwd_op(q, k, v, _draw_seed(q, dropout), dropout)[0].transpose(1, 2)
 
 
 def causal_attention_qkv(qkv, n_head, dropout=0.0):
@@ -253,6 +298,4 @@ def causal_attention_qkv(qkv, n_head, dropout=0.0):
     returns   (B, T, C) bfloat16, contiguous, differentiable in qkv
     raises    as causal_attention
     """
-    if dropout:
-        raise ValueError(f"dropout must be 0, got {dropout}")
-    return _qkv_fwd_op(qkv, n_head)[0]
+    return _qkv_fwd_op(qkv, _draw_seed(qkv, dropout), n_head, dropout)[0]

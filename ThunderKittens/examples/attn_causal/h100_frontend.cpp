@@ -87,11 +87,12 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, 
 // sums_floats(B, H, N) floats, any contents; dq_sums = 0 takes two passes, which give the same bits every time.
 // dropout > 0: the forward's, and the address of its seed (int64, on the device; read when the kernels run).
 void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t dout, uintptr_t dq, uintptr_t dk,
-              uintptr_t dv, uintptr_t lse, uintptr_t stats, int64_t B, int64_t H, int64_t N, int64_t D,
+              uintptr_t dv, uintptr_t lse, uintptr_t stats, uintptr_t dq_sums, int64_t B, int64_t H, int64_t N,
+              int64_t D,
               const py::tuple& q_strides, const py::tuple& k_strides, const py::tuple& v_strides,
               const py::tuple& o_strides, const py::tuple& dout_strides, const py::tuple& dq_strides,
-              const py::tuple& dk_strides, const py::tuple& dv_strides, float dropout, uintptr_t seed,
-              uintptr_t stream, uintptr_t dq_sums) {
+              const py::tuple& dk_strides, const py::tuple& dv_strides, uintptr_t stream, float dropout,
+              uintptr_t seed) {
     check_sizes(B, H, N, D);
     if (lse == 0 || lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats");
     if (stats == 0 || stats % 16 != 0) throw py::value_error("stats must start at a multiple of 16 bytes");
@@ -134,10 +135,10 @@ PYBIND11_MODULE(h100_attn_causal, m) {
           "Queue the forward on `stream`: bf16 q, k, v, o by address with strides (batch, head, row) in elements, "
           "float lse (B, H, N).");
     m.def("backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),
-          py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("stats"), py::arg("B"), py::arg("H"), py::arg("N"),
-          py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("o_strides"),
-          py::arg("dout_strides"), py::arg("dq_strides"), py::arg("dk_strides"), py::arg("dv_strides"),
-          py::arg("dropout"), py::arg("seed"), py::arg("stream"), py::arg("dq_sums") = 0,
+          py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("stats"), py::arg("dq_sums"), py::arg("B"),
+          py::arg("H"), py::arg("N"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
+          py::arg("o_strides"), py::arg("dout_strides"), py::arg("dq_strides"), py::arg("dk_strides"),
+          py::arg("dv_strides"), py::arg("stream"), py::arg("dropout") = 0.f, py::arg("seed") = 0,
           "Queue the backward on `stream`: bf16 tensors by address with strides (batch, head, row) in elements.");
     m.def("stats_floats", &attn::bwd_stats_floats, py::arg("B"), py::arg("H"), py::arg("N"),
           "Floats of scratch that the backward needs.");
