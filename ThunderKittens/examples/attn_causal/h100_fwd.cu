@@ -99,9 +99,9 @@ template <int D> KITTENS_DEVICE void load_tiles(fwd_smem<D>& smem, const fwd_arg
 #pragma unroll 1
         for (int j = (t.first_piece + shape::consumers - 1) * Q_ROWS / KV_ROWS; j >= 0; j--, kv.advance()) {
             wait(smem.k_free[kv.slot], kv.parity ^ 1);
-            load(smem.k[kv.slot].address(), KV_ROWS, args.k, smem.k_arrived[kv.slot], j * KV_ROWS, h, b, KVPOL);
+            load(smem.k[kv.slot].address(), KV_ROWS, args.k, smem.k_arrived[kv.slot], j * KV_ROWS, h, b, tma::KEEP);
             wait(smem.v_free[kv.slot], kv.parity ^ 1);
-            load(smem.v[kv.slot].address(), KV_ROWS, args.v, smem.v_arrived[kv.slot], j * KV_ROWS, h, b, KVPOL);
+            load(smem.v[kv.slot].address(), KV_ROWS, args.v, smem.v_arrived[kv.slot], j * KV_ROWS, h, b, tma::KEEP);
         }
     }
 }
@@ -160,7 +160,7 @@ template <int cols> KITTENS_DEVICE void first_softmax(scores& s, row_state& rows
 template <int D, class Output>
 KITTENS_DEVICE void moving_softmax(scores& s, rv_fl& step_sum, row_state& rows, Output& o, const st_bf<Q_ROWS, D>& q,
                                    const st_bf<KV_ROWS, D>& k, float scale_log2) {
-    warp::mma_ABt(s, q, (thread_here() >> 5 & 3) * 16, k); // the scores are gone: this warp computes its own again
+    warp::mma_ABt(s, q, warp_row(), k); // the scores are gone: this warp computes its own again
     rv_fl top, shrink;
     warp::row_max(top, s);
 #pragma unroll
@@ -225,7 +225,7 @@ KITTENS_DEVICE void wall(bool taken) {
 template <int D, bool drop>
 KITTENS_DEVICE void store_output(fwd_smem<D>& smem, const fwd_args& args, output<D>& o, row_state& rows,
                                  const st_bf<Q_ROWS, D>& slab, int head, int piece) {
-    const int warp_row = (thread_here() >> 5 & 3) * 16, row = piece * Q_ROWS + warp_row;
+    const int first_row = warp_row(), row = piece * Q_ROWS + first_row;
     const auto add = [](float a, float b) { return a + b; };
     warp::reduce_quad(rows.sum, add);
     if constexpr (drop) warp::reduce_quad(rows.rounded, add);
@@ -238,13 +238,13 @@ KITTENS_DEVICE void store_output(fwd_smem<D>& smem, const fwd_args& args, output
             const float by = (drop ? args.dropout.scale : 1.f) / rounded.data[i % 2];
             out.data[k][i] = pack_bf16(o.data[8 * k + 2 * i] * by, o.data[8 * k + 2 * i + 1] * by);
         }
-    warp::store(slab, warp_row, out);
+    warp::store(slab, first_row, out);
     fence_async();
     __syncwarp();
     const int b = args.H.of(head), h = head - b * args.H.by;
     if (elected_lane()) {
         for (int c = 0; c < D; c += 64)
-            tma::store(args.o, slab.address() + c * Q_ROWS * 2 + warp_row * 128, c, row, h, b);
+            tma::store(args.o, slab.address() + c * Q_ROWS * 2 + first_row * 128, c, row, h, b);
         tma::commit();
     }
 #pragma unroll

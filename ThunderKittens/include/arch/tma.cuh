@@ -2,7 +2,8 @@
 // Every function here is for one thread. [cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk]
 //
 // Coordinates are in elements, innermost first. What a box would read outside the tensor arrives as 0 (and counts as
-// arrived bytes); what it would write there is dropped. So a tail needs no code, and a coordinate may be negative.
+// arrived bytes); what it would write past the end is dropped. So a tail needs no code. A load may begin at a negative
+// coordinate; a store that did ended in an illegal instruction (H100, driver 580).
 #pragma once
 
 #include <cuda.h>
