@@ -212,7 +212,7 @@ def tables(shapes, lengths, packed, peers, where):
                      f"{ratio['flushed_us']:.2f} / {ratio['back_to_back_us']:.2f} |")
     lines += ['', 'TFLOP/s, L2 flushed / back to back.', '',
               '| T | ' + ' | '.join(str(T) for T in lengths) + ' |', '|' + '---|' * (len(lengths) + 1)]
-    for name in peers:
+    for name in [name for name in peers if any(name in times for times in lengths.values())]:
         cells = [f"{times[name]:.1f}" if name in times else '-' for times in lengths.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     mine, theirs = packed[OURS], packed['cudnn']
