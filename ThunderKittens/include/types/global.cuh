@@ -32,12 +32,22 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
     return encode;
 }
 
+// Gives this thread its device's context, which the driver asks for: autograd's threads come here without one.
+// cudaSetDevice may also be called while a stream is captured.
+inline bool has_context() {
+    static thread_local const bool set = [] {
+        int device;
+        return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+    }();
+    return set;
+}
+
 // The map of `t` with coordinates (column, row, head, batch), for boxes of `box_rows` rows and `box_cols` columns.
 // bf16 with box_cols = 64 takes the 128-byte swizzle of st_bf; float is laid out row by row, unswizzled.
 // Base and strides must be multiples of 16 bytes. CUDA_SUCCESS, or what the driver says.
 inline CUresult make_tensor_map(CUtensorMap* map, const gl& t, int box_rows, int box_cols) {
     const auto encode = tensor_map_encoder();
-    if (encode == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
+    if (encode == nullptr || !has_context()) return CUDA_ERROR_NOT_SUPPORTED;
     const bool is_bf16 = t.element_bytes == 2;
     // an axis of extent 1 is never stepped along: its stride may be anything, so give one that the driver accepts
     const auto stride = [&](int64_t s, int64_t extent) {
