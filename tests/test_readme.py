@@ -41,6 +41,7 @@ def copy(tmp_path_factory):
         (folder / path).write_text(CHARS * 40)
     (folder / 'my.txt').write_text(CHARS * 50)
     (folder / 'documents.jsonl').write_text('{"text": "To be, or not to be, that is the question."}\n' * 30)
+    (folder / 'questions.jsonl').write_text('{"ctx": "To be", "endings": ["or", "and", "is", "to"], "label": 0}\n')
     GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder / 'gpt2-small')
     (folder / 'config' / 'smaller.py').write_text(
         "exec(open('config/train_shakespeare_char_cpu.py').read())\n"
@@ -132,6 +133,8 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
     (r'python data/shakespeare(_char)?/prepare\.py.*', in_a_process(), 'train.bin has '),
     (r'python data/openwebtext/prepare\.py', in_a_process('--data_files=documents.jsonl', '--num_proc=1'), 'train.bin'),
     (r'python data/export\.py .*', in_a_process(), ''),
+    (r'python data/hellaswag/evaluate\.py .*', in_a_process('--init_from=gpt2-small', '--data_file=questions.jsonl',
+                                                            '--device=cpu'), '"acc_norm": '),
     (r'python (train|sample|bench|inference)\.py --help', with_flags(), '  --device='),
     (r'python bench\.py.*', with_flags(*BENCH), '"ms_median": '),
     (r'python -m ThunderKittens\.examples\.attn_causal\.bench', in_a_process('--help'), ''), # it needs an H100
@@ -139,12 +142,12 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
     (r'python train\.py .*--init_from=resume', with_flags(*TRAIN, '--max_iters=4'), 'step 4: train loss '),
     (r'python train\.py config/finetune_\S+', with_flags(*TRAIN, LOCAL), 'step 2: train loss '),
     (r'python train\.py config/eval_\S+', with_flags(*TRAIN, LOCAL), 'step 0: train loss '),
-    (r'torchrun .*train\.py .*', torchrun, 'step 2: train loss '),
+    (r'(\w+=1 )?torchrun .*train\.py .*', torchrun, 'step 2: train loss '),
     (r'python sample\.py --init_from=gpt2\S* .*', with_flags(*SPEAK, LOCAL), '---------------'),
     (r'python sample\.py .*', with_flags(*SPEAK), '---------------'),
     (r'python inference\.py.*', with_flags(*SPEAK, LOCAL), '"tokens_per_s": '),
 ]
-GPT2_TOKENS = r'.*(gpt2|shakespeare/|finetune|out-shakespeare$|inference|openwebtext|export).*'
+GPT2_TOKENS = r'.*(gpt2|shakespeare/|finetune|out-shakespeare$|inference|openwebtext|export|hellaswag).*'
 
 
 @pytest.mark.parametrize('command', list(commands()))
