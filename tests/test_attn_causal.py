@@ -261,33 +261,35 @@ def mean_signed_error(q, k, v):
     return relative
 
 
+def same_score_but_for_some(T, D, low, every):
+    """q, k whose scores are -low, but 0 for each `every`-th key; v of one sign."""
+    q = torch.zeros(2, 4, T, D, device='cuda', dtype=torch.bfloat16)
+    k = torch.zeros_like(q)
+    q[..., 0] = 1
+    k[..., 0] = -low * D ** 0.5
+    k[:, :, ::every, 0] = 0
+    torch.manual_seed(1)
+    return q, k, (torch.rand(2, 4, T, D, device='cuda') + 0.5).bfloat16()
+
+
+# All lower weights of a row are one number, rounded one way. Divided by the sum of the unrounded weights the output is
+# off by 2e-4 to 2.5e-3 in the first two cases: there the kernel takes a row's offset from keys with the maximum.
 @device_test
 @head_dims
 @pytest.mark.parametrize('low', [0.3, 1.1, 3.1, 4.3, 5.0])
-@pytest.mark.parametrize('every', [1, 3], ids=['all', 'every-third'])
-def test_rows_with_one_maximum_and_many_equal_lower_scores_are_not_biased(D, low, every):
-    # all lower weights are the same number, so they are all rounded the same way: what a normaliser must know of
-    q = torch.zeros(2, 4, 1024, D, device='cuda', dtype=torch.bfloat16)
-    k = torch.zeros_like(q)
-    q[..., 0] = 1
-    k[:, :, ::every, 0] = -low * D ** 0.5
-    k[:, :, 0, 0] = 0
-    torch.manual_seed(1)
-    v = (torch.rand(2, 4, 1024, D, device='cuda') + 0.5).bfloat16()
-    bias, rounding = mean_signed_error(q, k, v)
+@pytest.mark.parametrize('T, every', [(128, 128), (1024, 64), (1024, 1024)])
+def test_rows_with_one_maximum_and_many_equal_lower_scores_are_not_biased(T, every, D, low):
+    bias, rounding = mean_signed_error(*same_score_but_for_some(T, D, low, every))
     assert abs(bias) <= 2 * abs(rounding) + 5e-5, f"mean signed error {bias:.1e}, of rounding alone {rounding:.1e}"
 
 
 @device_test
 @head_dims
-def test_rows_whose_scores_tie_for_the_maximum_are_not_biased(D):
-    q = torch.zeros(2, 4, 1024, D, device='cuda', dtype=torch.bfloat16)
-    k = torch.zeros_like(q)
-    q[..., 0] = 1
-    k[:, :, 1::3, 0] = 3.1 * D ** 0.5
-    torch.manual_seed(1)
-    v = -(torch.rand(2, 4, 1024, D, device='cuda') + 0.5).bfloat16()
-    bias, rounding = mean_signed_error(q, k, v)
+@pytest.mark.parametrize('low', [0.3, 1.1])
+@pytest.mark.parametrize('sign', [1, -1])
+def test_rows_whose_scores_tie_for_the_maximum_are_not_biased(D, low, sign):
+    q, k, v = same_score_but_for_some(1024, D, low, every=3)
+    bias, rounding = mean_signed_error(q, k, sign * v)
     assert abs(bias) <= 2 * abs(rounding) + 5e-5, f"mean signed error {bias:.1e}, of rounding alone {rounding:.1e}"
 
 
