@@ -59,9 +59,10 @@ def find_pybind11():
     sys.exit("no pybind11: pip install pybind11")
 
 
-def run(command):
+def run(command, env=None):
     """Output of a command; a failing one ends the build with what it said."""
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=env)
     if done.returncode:
         sys.exit(f"{' '.join(str(part) for part in command)}\n{done.stdout}\nbuild failed")
     return done.stdout
@@ -75,17 +76,21 @@ def check_ptxas(name, said):
         sys.exit(f"{name}: registers spill\n{said}")
 
 
-def find_cuobjdump(nvcc):
-    beside = nvcc.resolve().parent / 'cuobjdump'
-    return beside if beside.is_file() else shutil.which('cuobjdump')
+def machine_code(nvcc, target):
+    """What cuobjdump shows of an object file, or None where it or the nvdisasm that it calls is not installed."""
+    path = f"{nvcc.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    cuobjdump = shutil.which('cuobjdump', path=path)
+    if not cuobjdump or not shutil.which('nvdisasm', path=path):
+        return None
+    return run([cuobjdump, '-sass', target], env=os.environ | {'PATH': path})
 
 
 def compile_kernel(nvcc, source, target, defines=()):
     """One .cu to an object file, checked; returns what ptxas said of registers."""
     said = run([nvcc, *NVCC_FLAGS, *defines, '-c', source, '-o', target])
     check_ptxas(source.name, said)
-    cuobjdump = find_cuobjdump(nvcc)
-    if cuobjdump and 'HGMMA' not in run([cuobjdump, '-sass', target]):
+    shown = machine_code(nvcc, target)
+    if shown is not None and 'HGMMA' not in shown:
         sys.exit(f"{source.name}: no HGMMA in the machine code")
     return [f"{source.name}: {line.strip()}" for line in said.splitlines() if 'Used' in line]
 
