@@ -1,0 +1,170 @@
+"""
+Times the backward kernels beside torch's flash and cuDNN attention and FlashAttention-3, after checking them.
+
+    python -m ThunderKittens.examples.attn_causal.bench_backward [--fa3=FOLDER] [--out=FOLDER] [--quick]
+
+Everything a backward does is in the time: delta, clearing, conversion. q, k, v are views of a packed (B, T, 3, H, D),
+but FlashAttention-3 gets its own contiguous layout. `one pass` and `two passes` are ours at every length; `ours` is
+what the operator takes. FLOPs: 2.5 times the forward's (arXiv:2205.14135). The rest as in bench.py.
+"""
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ThunderKittens.examples.attn_causal as attn
+from ThunderKittens.examples.attn_causal import bench
+from ThunderKittens.examples.attn_causal.reference import plain_attention
+
+OURS = 'ours'
+PACKED = [(64, 12, 1024, 64), (16, 12, 1024, 64)] # GPT-2's own shape
+
+
+def inputs(B, H, N, D):
+    """A packed (B, N, 3, H, D), its q, k, v as (B, H, N, D) views, and the gradient of the output, (B, N, H, D)."""
+    qkv = torch.randn(B, N, 3, H, D, device='cuda').bfloat16()
+    return qkv, qkv.permute(2, 0, 3, 1, 4), torch.randn(B, N, H, D, device='cuda').bfloat16()
+
+
+def sdpa(backend):
+    def prepare(qkv, views, dout):
+        q, k, v = (x.detach().requires_grad_() for x in views)
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return lambda: torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2), retain_graph=True)
+    return prepare
+
+
+def ours(rows=None):
+    """The operator, with one pass from `rows` rows on (default: as it is)."""
+    def prepare(qkv, views, dout):
+        B, N, _, H, D = qkv.shape
+        packed, dout = qkv.flatten(2), dout.flatten(2)
+        out, lse = torch.ops.thunderkittens.attn_causal_qkv_fwd(packed, None, H, 0.0)
+
+        def call():
+            usual = attn.ONE_PASS_ROWS
+            attn.ONE_PASS_ROWS = usual if rows is None else rows
+            dqkv = torch.ops.thunderkittens.attn_causal_qkv_bwd(dout, packed, out, lse, None, H, 0.0)
+            attn.ONE_PASS_ROWS = usual
+            return dqkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
+        return call
+    return prepare
+
+
+def fa3_from(folder):
+    """FA3's operator out of a folder, or None."""
+    if bench.fa3_from(folder) is None:
+        return None
+    operators = torch.ops.flash_attn_3
+
+    def prepare(qkv, views, dout):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in views)
+        out, lse = operators.fwd.default(q, k, v, is_causal=True, num_splits=1)[:2]
+
+        def call():
+            grads = operators.bwd.default(dout, q, k, v, out, lse, None, None, None, is_causal=True)[:3]
+            return [x.transpose(1, 2) for x in grads]
+        return call
+    return prepare
+
+
+def check(peers):
+    """Every kernel computes the same gradients: relative error against float64 near that of rounding to bf16."""
+    for D in (64, 128):
+        qkv, views, dout = inputs(2, 3, 1000, D)
+        leaves = [x.double().requires_grad_() for x in views]
+        exact = torch.autograd.grad(plain_attention(*leaves)[0], leaves, dout.transpose(1, 2).double())
+        for name, prepare in peers.items():
+            got = prepare(qkv, views, dout)()
+            error = max(((y.double() - x).norm() / x.norm()).item() for x, y in zip(exact, got))
+            assert error < 5e-3, f"{name} is wrong at D={D}: relative error {error:.1e}" # a NaN fails too
+            print(f"checked {name:10} D={D}: relative error {error:.1e}")
+
+
+def measure(peers, shapes, passes, flush):
+    """{shape: {peer: {'flushed_us': [...], 'back_to_back_us': [...]}}}"""
+    results = {}
+    for turn in range(passes):
+        for shape in shapes:
+            packed = inputs(*shape)
+            for name in list(peers)[::1 if turn % 2 == 0 else -1]:
+                if name == 'one pass' and shape[3] > 64:
+                    continue
+                call = peers[name](*packed)
+                once = bench.flushed_us(call, flush, repeats=15)
+                times = results.setdefault(shape, {}).setdefault(name, {'flushed_us': [], 'back_to_back_us': []})
+                times['flushed_us'].append(once)
+                times['back_to_back_us'].append(bench.back_to_back_us(call, max(10, min(100, int(15e3 / once)))))
+            del packed, call
+    return results
+
+
+def measure_training(flush):
+    """Forward and backward as GPT-2 needs them: packed qkv in, packed gradient out; ms."""
+    results = {}
+    for B, H, N, D in PACKED:
+        qkv, _, dout = inputs(B, H, N, D)
+        leaf, dout = qkv.flatten(2).requires_grad_(), dout.flatten(2)
+
+        def both(dropout=0.0, leaf=leaf, dout=dout, H=H):
+            return torch.autograd.grad(attn.causal_attention_qkv(leaf, H, dropout), leaf, dout)
+
+        def torch_cudnn(leaf=leaf, dout=dout, B=B, H=H, N=N, D=D):
+            q, k, v = (x.transpose(1, 2) for x in leaf.view(B, N, 3, H, D).unbind(2))
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return torch.autograd.grad(out.transpose(1, 2).flatten(2), leaf, dout)
+        for name, call in ((OURS, both), ('ours, dropout 0.2', lambda both=both: both(0.2)), ('cudnn', torch_cudnn)):
+            results.setdefault(B, {})[name] = bench.flushed_us(call, flush, repeats=15) / 1e3
+    return results
+
+
+def table(results, training, peers, where):
+    lines = [where, '', f"| D | H | B, N | {' | '.join(peers)} | to the best other |", '|' + '---|' * (len(peers) + 4)]
+    for shape, times in results.items():
+        B, H, N, D = shape
+        rate = {kind: {name: 2.5 * bench.tflops(shape, statistics.median(t[kind])) for name, t in times.items()}
+                for kind in ('flushed_us', 'back_to_back_us')}
+        best = {kind: max(x for name, x in r.items() if name in ('flash', 'cudnn', 'fa3')) for kind, r in rate.items()}
+        cells = [f"{rate['flushed_us'][name]:.0f} / {rate['back_to_back_us'][name]:.0f}" if name in times else '-'
+                 for name in peers]
+        lines.append(f"| {D} | {H} | {B}, {N} | {' | '.join(cells)} | " +
+                     ' / '.join(f"{rate[kind][OURS] / best[kind]:.2f}" for kind in rate) + ' |')
+    lines += ['', 'TFLOP/s, L2 flushed / back to back.', '']
+    lines += [f"Packed qkv to packed gradient, forward and backward, B={B}, H=12, D=64, T=1024: " +
+              ', '.join(f"{name} {ms:.3f} ms" for name, ms in times.items()) + '.' for B, times in training.items()]
+    return '\n'.join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description='the backward kernels beside torch and FlashAttention-3')
+    parser.add_argument('--fa3', default='')
+    parser.add_argument('--out', default=str(bench.HERE))
+    parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
+    options = parser.parse_args()
+    if attn.why_not_training():
+        raise SystemExit(attn.why_not_training())
+    torch.manual_seed(0)
+    peers = {'flash': sdpa(SDPBackend.FLASH_ATTENTION), 'cudnn': sdpa(SDPBackend.CUDNN_ATTENTION)}
+    fa3 = fa3_from(options.fa3)
+    if fa3:
+        peers['fa3'] = fa3
+    peers |= {'one pass': ours(1), 'two passes': ours(2 ** 31), OURS: ours()}
+    flush = torch.empty(256 << 20, dtype=torch.int8, device='cuda')
+    check(peers)
+    results = measure(peers, bench.SHAPES[1:3] if options.quick else bench.SHAPES, 1 if options.quick else 4, flush)
+    training = measure_training(flush)
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}."
+    print(table(results, training, list(peers), where))
+    result = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in results.items()},
+              'training_ms': training}
+    (Path(options.out) / 'attn_causal_backward.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
