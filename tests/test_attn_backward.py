@@ -6,6 +6,7 @@ most 2x that of torch's bfloat16 attention, plus 1e-5 of the values' scale, over
 NaN fails.
 """
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,6 +51,36 @@ def test_the_backward_compiles_for_an_h100_without_spills_or_serialised_products
         pytest.skip(str(missing))
     said = setup.compile_kernel(nvcc, setup.HERE / 'h100_bwd.cu', tmp_path / 'h100_bwd.o') # ends the build on either
     assert len(said) >= 8, "two kernels, two head dims, with and without dropout"
+
+
+def registers_written(instruction):
+    """The numbers of the registers that a machine instruction writes, as far as loops of these kernels have them."""
+    found = re.match(r'(?:@!?U?P\d+ )?([A-Z0-9_.]+) (?:P\d+, )?R(\d+)\b', instruction)
+    if not found or re.match(r'ST|RED|HGMMA|SYNCS|ISETP|FSETP|R2UR|UTMA', found[1]):
+        return set()
+    many = 4 if re.search(r'M88\.4|\.128', found[1]) else 2 if re.search(r'\.64|CS2R|WIDE', found[1]) else 1
+    return set(range(int(found[2]), int(found[2]) + many))
+
+
+def test_fragments_that_stay_in_registers_are_written_only_where_they_are_loaded(tmp_path):
+    try:
+        nvcc = setup.find_nvcc()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    setup.run([nvcc, *setup.NVCC_FLAGS, '-c', setup.HERE / 'h100_bwd.cu', '-o', tmp_path / 'h100_bwd.o'])
+    code = setup.machine_code(nvcc, tmp_path / 'h100_bwd.o')
+    if code is None:
+        pytest.skip("no cuobjdump with nvdisasm")
+    checked = 0
+    for kernel in re.split(r'\n\s+Function : ', code)[1:]:
+        instructions = re.findall(r'/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;', kernel)
+        first = {int(m[1]) for m in (re.match(r'HGMMA\S+ R\d+, R(\d+), gdesc\[UR\d+\],', i) for i in instructions) if m}
+        fragments = {r + k for r in first for k in range(4)} # A from registers, B not transposed: q, dout or v
+        if fragments:
+            checked += 1
+            spoilt = [i for i in instructions if registers_written(i) & fragments and 'LDSM' not in i]
+            assert not spoilt, f"{kernel.splitlines()[0]}: ptxas gave a fragment's register away: {spoilt[:3]}"
+    assert checked == 3, "dq, dk and dv, and one pass at head dim 64"
 
 
 def test_the_random_numbers_are_the_published_ones():

@@ -8,6 +8,7 @@
 //            keeps scores^T (k down, q across). A block is two such warpgroups and stays on its multiprocessor;
 //            the host deals the tiles out (schedule.cuh). Seven products where one pass needs five, but nothing is
 //            added up in memory: no workspace to clear or convert, and the same bits every time.         shapes.cuh
+//            For long sequences causal_one_pass, which is in h100_bwd_one_pass.cuh.
 // pipeline   one producer thread keeps the walked tiles in flight by TMA. In a step, the last step's products into
 //            dq (dk, dv), this one's dp and the next one's scores are in flight while this step's p is computed
 // softmax    p from the forward's lse, in base 2; delta in causal_dq before its first step, from there to causal_dkdv
@@ -78,6 +79,28 @@ KITTENS_DEVICE void store_rows(const st_bf<ROWS, D>& slab, const CUtensorMap& ma
         for (int c = 0; c < D; c += 64)
             tma::store(map, slab.address() + c * ROWS * 2 + warp_row() * 128, c, row + warp_row(), h, b);
         tma::commit();
+    }
+}
+
+// All steps of a piece, scores of the next one computed into the other register tile. On entry those of the first step
+// are there, in s_even. The first and the last step are their own code: nothing may be issued under a condition.
+template <class Step> KITTENS_DEVICE void walk(const Step& step, rt_fl<ROWS>& s_even, rt_fl<ROWS>& s_odd, int steps) {
+    if (steps == 1) {
+        step.template operator()<true, true>(s_even, s_odd);
+        return;
+    }
+    step.template operator()<true, false>(s_even, s_odd);
+    int left = steps - 1;
+#pragma unroll 1
+    for (; left > 2; left -= 2) {
+        step.template operator()<false, false>(s_odd, s_even);
+        step.template operator()<false, false>(s_even, s_odd);
+    }
+    if (left == 2) {
+        step.template operator()<false, false>(s_odd, s_even);
+        step.template operator()<false, true>(s_even, s_odd);
+    } else {
+        step.template operator()<false, true>(s_odd, s_even);
     }
 }
 
@@ -309,26 +332,10 @@ template <int D, bool drop> KITTENS_DEVICE void dq_compute(dq_smem<D>& smem, con
             lean_step.template operator()<true>(piece);
 #pragma unroll 1
             for (int j = 1; j < steps; j++) lean_step.template operator()<false>(piece);
-        } else if (steps == 1) {
-            wgmma::wait<0>();
-            warpgroup::pin(s_even);
-            step.template operator()<true, true>(s_even, s_odd);
         } else {
             wgmma::wait<0>();
             warpgroup::pin(s_even);
-            step.template operator()<true, false>(s_even, s_odd);
-            int left = steps - 1;
-#pragma unroll 1
-            for (; left > 2; left -= 2) {
-                step.template operator()<false, false>(s_odd, s_even);
-                step.template operator()<false, false>(s_even, s_odd);
-            }
-            if (left == 2) {
-                step.template operator()<false, false>(s_odd, s_even);
-                step.template operator()<false, true>(s_even, s_odd);
-            } else {
-                step.template operator()<false, true>(s_odd, s_even);
-            }
+            walk(step, s_even, s_odd, steps);
         }
         warpgroup::pin(dq);
         wgmma::fence();
@@ -390,9 +397,9 @@ template <int D> struct dkdv_smem {
 static_assert(sizeof(dkdv_smem<64>) <= SMEM_LIMIT, "head dim 64: fewer stages");
 static_assert(sizeof(dkdv_smem<128>) <= SMEM_LIMIT, "head dim 128: fewer stages");
 
-template <int D> KITTENS_DEVICE void dkdv_load(dkdv_smem<D>& smem, const bwd_args& args) {
-    using shape = dkdv_shape<D>;
-    ring<shape::stages> q;
+// The producer of causal_dkdv and of causal_one_pass, whose plans of shared memory name the same things alike.
+template <int D, class Smem> KITTENS_DEVICE void dkdv_load(Smem& smem, const bwd_args& args) {
+    ring<Smem::shape::stages> q;
     ring<2> kv;
     int head, rank;
     wait_for_previous_kernel();
@@ -588,23 +595,7 @@ template <int D, bool drop> KITTENS_DEVICE void dkdv_compute(dkdv_smem<D>& smem,
             release_last_tile();
             wgmma::wait<0>();
             warpgroup::pin(s_even);
-            if (steps == 1) {
-                step.template operator()<true, true>(s_even, s_odd);
-            } else {
-                step.template operator()<true, false>(s_even, s_odd);
-                int left = steps - 1;
-#pragma unroll 1
-                for (; left > 2; left -= 2) {
-                    step.template operator()<false, false>(s_odd, s_even);
-                    step.template operator()<false, false>(s_even, s_odd);
-                }
-                if (left == 2) {
-                    step.template operator()<false, false>(s_odd, s_even);
-                    step.template operator()<false, true>(s_even, s_odd);
-                } else {
-                    step.template operator()<false, true>(s_odd, s_even);
-                }
-            }
+            walk(step, s_even, s_odd, steps);
         } else {
             release_last_tile();
 #pragma unroll 1

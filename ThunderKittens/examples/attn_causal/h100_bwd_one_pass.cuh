@@ -29,38 +29,6 @@ template <int D> KITTENS_DEVICE float* dq_sums(const bwd_args& args, int head, i
     return args.dq_sums + (static_cast<int64_t>(head) * args.pieces + piece) * ROWS * D;
 }
 
-template <int D> KITTENS_DEVICE void one_pass_load(one_pass_smem<D>& smem, const bwd_args& args) {
-    using shape = one_pass_shape<D>;
-    ring<shape::stages> q;
-    ring<2> kv;
-    int head, rank;
-    wait_for_previous_kernel();
-#pragma unroll 1
-    for (int i = 0; args.schedule.find(i, head, rank); i++, kv.advance()) {
-        const int b = head / args.H, h = head - b * args.H, first_piece = 2 * rank;
-#pragma unroll 1
-        for (int w = 0; w < 2; w++) {
-            semaphore& arrived = smem.kv_arrived[kv.slot][w];
-            const int row = (first_piece + w) * ROWS; // a piece past the last one arrives as zeros
-            wait(smem.kv_free[kv.slot][w], kv.parity ^ 1);
-            expect(arrived, 2 * sizeof(st_bf<ROWS, D>));
-            load_rows(smem.k[kv.slot][w], args.k, arrived, row, h, b, tma::PASS);
-            load_rows(smem.v[kv.slot][w], args.v, arrived, row, h, b, tma::PASS);
-        }
-#pragma unroll 1
-        for (int j = first_piece; j < args.pieces; j++, q.advance()) {
-            semaphore& arrived = smem.q_arrived[q.slot];
-            wait(smem.q_free[q.slot], q.parity ^ 1);
-            expect(arrived, 2 * sizeof(st_bf<ROWS, D>) + sv_fl<2 * ROWS>::bytes);
-            load_rows(smem.q[q.slot], args.q, arrived, j * ROWS, h, b, tma::KEEP);
-            load_rows(smem.dout[q.slot], args.dout, arrived, j * ROWS, h, b, tma::KEEP);
-            tma::load_bytes(smem.stats[q.slot].address(),
-                            args.stats + (static_cast<int64_t>(head) * args.pieces + j) * 2 * ROWS,
-                            sv_fl<2 * ROWS>::bytes, arrived);
-        }
-    }
-}
-
 // The third warpgroup: dq of each step, added to the workspace.
 template <int D> KITTENS_DEVICE void one_pass_dq(one_pass_smem<D>& smem, const bwd_args& args) {
     rt_fl<D> dq;
@@ -118,14 +86,14 @@ template <int D> KITTENS_DEVICE void one_pass_compute(one_pass_smem<D>& smem, co
     rt_fl<ROWS> s_even, s_odd, dp;
     rt_bf<ROWS> p_bf, ds;
     rt_bf<D> v_reg;
-    int head, rank;
-    const uint32_t never = args.N < 0;
+    int head, rank, slot = 0;
+    const uint32_t never = args.N < 0; // 0, and the compiler does not know
 
     const auto free = [&](semaphore& bar) KITTENS_INLINE {
         if (elected_lane()) arrive(bar);
     };
     // Scores `s` of this step are there.
-    const auto step = [&]<bool first, bool last>(rt_fl<ROWS>& s, rt_fl<ROWS>& s_next, int slot) KITTENS_INLINE {
+    const auto step = [&]<bool first, bool last>(rt_fl<ROWS>& s, rt_fl<ROWS>& s_next) KITTENS_INLINE {
         warpgroup::pin(dp);
         warpgroup::pin(s_next);
         if constexpr (!last) wait(smem.q_arrived[next.slot], next.parity);
@@ -166,7 +134,7 @@ template <int D> KITTENS_DEVICE void one_pass_compute(one_pass_smem<D>& smem, co
 
 #pragma unroll 1
     for (int i = 0; args.schedule.find(i, head, rank); i++) {
-        const int slot = i & 1;
+        slot = i & 1;
         const int first_piece = 2 * rank, piece = first_piece + w, steps = args.pieces - piece;
 #pragma unroll 1
         for (int j = first_piece; j < min(piece, args.pieces); j++, q.advance(), turn.advance()) { // the neighbour's
@@ -202,23 +170,7 @@ template <int D> KITTENS_DEVICE void one_pass_compute(one_pass_smem<D>& smem, co
         release_last_tile();
         wgmma::wait<0>();
         warpgroup::pin(s_even);
-        if (steps == 1) {
-            step.template operator()<true, true>(s_even, s_odd, slot);
-        } else {
-            step.template operator()<true, false>(s_even, s_odd, slot);
-            int left = steps - 1;
-#pragma unroll 1
-            for (; left > 2; left -= 2) {
-                step.template operator()<false, false>(s_odd, s_even, slot);
-                step.template operator()<false, false>(s_even, s_odd, slot);
-            }
-            if (left == 2) {
-                step.template operator()<false, false>(s_odd, s_even, slot);
-                step.template operator()<false, true>(s_even, s_odd, slot);
-            } else {
-                step.template operator()<false, true>(s_odd, s_even, slot);
-            }
-        }
+        walk(step, s_even, s_odd, steps);
         const int b = head / args.H, h = head - b * args.H;
         store_rows(smem.v[slot][w], args.dv, dv, 1.f, piece * ROWS, h, b);
         const ring<2> last_turn = turn.previous();
@@ -252,7 +204,7 @@ template <int D> __global__ void __launch_bounds__(512, 1) causal_one_pass(const
     const int w = warpgroup_id();
     if (w == 3) {
         decrease_registers<24>();
-        if (threadIdx.x % 128 == 0) one_pass_load<D>(smem, args);
+        if (threadIdx.x % 128 == 0) dkdv_load<D>(smem, args);
     } else if (w == 2) {
         decrease_registers<72>();
         one_pass_dq<D>(smem, args);
