@@ -106,6 +106,41 @@ def test_the_mask_drops_as_many_as_it_should_and_no_row_column_head_or_seed_is_l
         assert ((flat * moved).mean(1) - dropped ** 2).abs().max() < 6 * sigma / 256, shift
 
 
+@pytest.fixture
+def seeds(monkeypatch):
+    """The operators with kernels that only note their seed, on the CPU: [('f' or 'b', seed), ...]."""
+    noted = []
+    monkeypatch.setattr(attn, '_check', lambda name, x: None)
+    for kernel, name in (('_forward', 'f'), ('_backward', 'b')):
+        monkeypatch.setattr(attn, kernel, lambda addresses, lse, shape, strides, seed, dropout, name=name:
+                            noted.append((name, seed if seed is None else seed.item())))
+    return noted
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('checkpointed', [False, True])
+def test_the_backward_gets_the_seed_of_its_forward(checkpointed, compiled, seeds):
+    x = torch.zeros(2, 65, 3 * 192, dtype=torch.bfloat16, requires_grad=True)
+    def attention(x):
+        return attn.causal_attention_qkv(x * 2, 3, 0.2).float()
+    def loss(x):
+        return (checkpoint(attention, x, use_reentrant=False) if checkpointed else attention(x)).sum()
+    step = torch.compile(loss, fullgraph=True, backend='aot_eager') if compiled else loss
+    for _ in range(3):
+        step(x).backward()
+    forwards = 2 if checkpointed else 1
+    assert [name for name, _ in seeds] == (['f'] * forwards + ['b']) * 3
+    drawn = [{seed for _, seed in seeds[i:i + forwards + 1]} for i in range(0, len(seeds), forwards + 1)]
+    assert all(len(of_step) == 1 for of_step in drawn) and len(set.union(*drawn)) == 3
+
+
+def test_no_seed_is_drawn_without_dropout(seeds):
+    x = torch.zeros(1, 8, 3 * 64, dtype=torch.bfloat16, requires_grad=True)
+    before = torch.get_rng_state()
+    attn.causal_attention_qkv(x, 1).sum().backward()
+    assert seeds == [('f', None), ('b', None)] and torch.equal(torch.get_rng_state(), before)
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 def inputs(B, H, T, D, scale=1.0, seed=0):
