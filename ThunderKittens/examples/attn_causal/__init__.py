@@ -97,11 +97,11 @@ def _check_packed(qkv, n_head):
         raise ValueError(f"qkv must be (B, T, 3 * {n_head} heads * D), got {tuple(qkv.shape)}")
 
 
-def _check_dropout(dropout, seed):
+def _check_dropout(dropout, seed, x):
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    if dropout and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
-        raise ValueError("dropout needs a seed: one int64 on the device")
+    if dropout and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"dropout needs a seed: one int64 on {x.device}")
 
 
 def _queue(kernel, device, seed, dropout, *arguments):
@@ -121,7 +121,7 @@ def _forward(addresses, lse, shape, strides, seed, dropout):
 
 def _fwd(q, k, v, seed, dropout):
     _check_split(q, k, v)
-    _check_dropout(dropout, seed)
+    _check_dropout(dropout, seed, q)
     B, H, T, D = q.shape
     out = q.new_empty((B, T, H, D))
     lse = q.new_empty((B, H, T), dtype=torch.float32)
@@ -139,7 +139,7 @@ def _fwd_fake(q, k, v, seed, dropout):
 
 def _qkv_fwd(qkv, seed, n_head, dropout):
     _check_packed(qkv, n_head)
-    _check_dropout(dropout, seed)
+    _check_dropout(dropout, seed, qkv)
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
@@ -158,8 +158,8 @@ def _qkv_fwd_fake(qkv, seed, n_head, dropout):
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
-# From this many rows on one pass is faster than two; its dq differs in the last bits from run to run.
-ONE_PASS_ROWS = 2048
+# From this many rows on one pass is faster than two (NOTES.md); its dq differs in the last bits from run to run.
+ONE_PASS_ROWS = 4096
 
 
 def _backward(addresses, lse, shape, strides, seed, dropout):
@@ -284,7 +284,7 @@ def causal_attention(q, k, v, dropout=0.0):
     returns   (B, H, T, D) bfloat16, a view of a contiguous (B, T, H * D), differentiable in q, k and v
     raises    TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
     accuracy  float32 scores and sums; RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 attention
-    repeats   the same bits every time, but for the gradient of q from 2048 rows on with D up to 64: there it does under
+    repeats   the same bits every time, but for the gradient of q from 4096 rows on with D up to 64: there it does under
               torch.use_deterministic_algorithms(True)
     source    FlashAttention-2, arXiv:2307.08691; the normaliser sums rounded weights because of arXiv:2510.04212
     """
