@@ -70,12 +70,16 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.TK_kernel = config.TK_kernel
 
-    def forward(self, x):
-        B, T, C = x.size()
+    def forward(self, x, cache=None):
         qkv = self.c_attn(x) # (B, T, 3C): every head's query, then every head's key, then every head's value
-        dropout = self.dropout if self.training else 0.0
-        attention = causal_attention_qkv if self.TK_kernel else sdpa_attention_qkv
-        y = attention(qkv, self.n_head, dropout) # (B, T, C)
+        if cache is not None and cache.filled:
+            y = cache.attend(qkv) # (B, 1, C): a new token each, looking back at what is kept
+        else:
+            dropout = self.dropout if self.training else 0.0
+            attention = causal_attention_qkv if self.TK_kernel else sdpa_attention_qkv
+            y = attention(qkv, self.n_head, dropout) # (B, T, C)
+            if cache is not None:
+                cache.fill(qkv, self.n_head)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -90,6 +94,38 @@ def sdpa_attention_qkv(qkv, n_head, dropout=0.0):
     q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4) # each (B, nh, T, hs)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True) # (B, nh, T, hs)
     return y.transpose(1, 2).reshape(B, T, C3 // 3) # (B, T, C)
+
+
+class LayerCache:
+    """
+    The keys and values of one layer, kept so that a new token costs no more than itself.
+
+    room     (int) tokens a row may come to hold
+    lengths  (B) int64 on the device: how many tokens each row holds; the rows share it over all layers
+    """
+
+    def __init__(self, room, lengths):
+        self.room, self.lengths, self.filled = room, lengths, 0 # filled: tokens of the longest row
+
+    def fill(self, qkv, n_head):
+        """Keep a prompt's keys and values: qkv (B, T, 3C), rows shorter than T padded on the right."""
+        B, T, C3 = qkv.shape
+        self.kv = qkv.new_zeros(2, B, n_head, self.room, C3 // 3 // n_head) # (2, B, nh, room, hs)
+        self.kv[:, :, :, :T] = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)[1:]
+        self.filled = T
+
+    def attend(self, qkv):
+        """Each row's new token, at place lengths[row], over all that the row holds: qkv (B, 1, 3C) -> (B, 1, C)."""
+        _, B, n_head, _, _ = self.kv.shape
+        q, k, v = qkv.view(B, 3, n_head, -1).unbind(1) # (B, nh, hs) each
+        rows = torch.arange(B, device=q.device)
+        self.kv[0, rows, :, self.lengths] = k # over the padding of a shorter row
+        self.kv[1, rows, :, self.lengths] = v
+        self.filled += 1
+        k, v = self.kv[..., :self.filled, :] # (B, nh, filled, hs) each
+        seen = torch.arange(self.filled, device=q.device) <= self.lengths[:, None] # (B, filled)
+        y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None]) # (B, nh, 1, hs)
+        return y.reshape(B, 1, -1)
 
 
 class MLP(nn.Module):
@@ -114,8 +150,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -162,15 +198,18 @@ class GPT(nn.Module):
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"at most block_size={self.config.block_size} tokens at once, got {T}")
-        pos = torch.arange(T, device=idx.device) # (T)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
+        x = self.features(idx, torch.arange(T, device=idx.device)) # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x) # (B, T, V)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+    def features(self, idx, pos, caches=None):
+        """What lm_head reads: idx (B, T) at places pos, (T) or (B, T), -> (B, T, C); caches, one a layer, are kept."""
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
+            x = block(x, cache)
+        return self.transformer.ln_f(x)
 
     def crop_block_size(self, block_size):
         """Forget the positions from `block_size` on; ValueError if there are fewer."""
@@ -283,32 +322,99 @@ class GPT(nn.Module):
         return flops / dt / peak if peak else None
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_tokens=None):
+    def generate_plain(self, idx, max_new_tokens, **choice):
+        """nanoGPT's own loop, the definition of generate: the whole of the last block_size tokens for each new one."""
+        seeds = row_seeds(choice.pop('seed', None), len(idx), idx.device)
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size:])
+            next_id = pick(logits[:, -1], seeds, idx.size(1), **choice) # (B)
+            idx = torch.cat((idx, next_id[:, None]), dim=1)
+        return idx
+
+    def generate(self, idx, max_new_tokens, **choice):
         """
         Continue idx by max_new_tokens tokens, each drawn from the model's distribution given the last block_size.
 
-        idx          (B, T) int64, T at least 1
-        temperature  0 takes the likeliest token
-        top_k        draw only among so many likeliest tokens
-        n_tokens     ids from here on belong to no token (a padded vocabulary) and are never drawn
-        returns      (B, T + max_new_tokens)
+        idx       (B, T) int64, T at least 1
+        choice    temperature, top_k, top_p, n_tokens as in pick(); seed, an int: the same text again
+        returns   (B, T + max_new_tokens), token for token what generate_plain returns
         """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])
-            next_id = pick(logits[:, -1, :n_tokens].float(), temperature, top_k)
-            idx = torch.cat((idx, next_id), dim=1)
-        return idx
+        return torch.cat([idx, *(ids[:, None] for ids in self.stream(list(idx), max_new_tokens, **choice))], dim=1)
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, seed=None, **choice):
+        """
+        generate() for prompts of any lengths, a list of (T) int64: yields each row's next token, (B) int64.
+
+        Keys and values are kept until the longest row holds block_size tokens. From there on the window moves, every
+        place in it is another one, and as in nanoGPT each new token takes the whole window.
+        """
+        device, block_size = prompts[0].device, self.config.block_size
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device) # (B)
+        longest = max(map(len, prompts)) # on the host, which never has to ask the device
+        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True) # (B, T)
+        text = F.pad(text, (0, max_new_tokens)) # room for what comes
+        seeds = row_seeds(seed, len(prompts), device)
+        rows = torch.arange(len(prompts), device=device)
+        caches = [LayerCache(min(block_size, longest + max_new_tokens), lengths) for _ in range(self.config.n_layer)]
+        ids = None
+        for n in range(max_new_tokens):
+            if n > 0 and longest + n <= block_size: # the newest token alone, at its own place
+                x = self.features(ids[:, None], lengths[:, None], caches)[:, 0] # (B, C)
+                lengths += 1
+            else: # each row's window
+                lengths += n > 0
+                first = (lengths - block_size).clamp(min=0) # (B)
+                places = torch.arange(min(longest + n, block_size), device=device) # (T)
+                window = text.gather(1, first[:, None] + places) # (B, T)
+                keep = caches if longest + n <= block_size else None
+                x = self.features(window, places, keep)[rows, lengths - first - 1] # (B, C)
+            ids = pick(self.lm_head(x), seeds, lengths, **choice)
+            text.scatter_(1, lengths[:, None], ids[:, None])
+            yield ids
 
 
-def pick(logits, temperature=1.0, top_k=None):
-    """One token id a row: logits (B, V) -> (B, 1); temperature 0 takes the likeliest."""
+def row_seeds(seed, rows, device):
+    """(B) int64, a seed for each sample; `seed` None draws one from torch's generator."""
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    return scramble(torch.arange(rows, device=device) + scramble(torch.tensor(seed, device=device)))
+
+
+def scramble(x):
+    """int64 -> int64 whose every bit depends on every bit: splitmix64's finaliser, https://prng.di.unimi.it"""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        x = (x ^ x >> shift & (1 << 64 - shift) - 1) * factor # >> keeps the sign: mask what it brings in
+    return x
+
+
+def pick(logits, seeds, place, temperature=1.0, top_k=None, top_p=None, n_tokens=None):
+    """
+    One token id a row, drawn by the row's seed, the place in the text and nothing else, whatever the batch.
+
+    logits       (B, V)
+    seeds        (B) int64
+    place        (B) int64 or int
+    temperature  0 takes the likeliest token
+    top_k        draw only among so many likeliest tokens
+    top_p        draw only among the likeliest tokens that together have this probability
+    n_tokens     ids from here on belong to no token (a padded vocabulary) and are never drawn
+    returns      (B) int64
+    """
+    logits = logits[:, :n_tokens].float()
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
         kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -float('inf'))
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+    if top_p is not None:
+        p, order = F.softmax(logits, dim=-1).sort(dim=-1, descending=True)
+        beyond = p.cumsum(-1) - p >= top_p # the likeliest is always within
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -float('inf'))
+    # the largest of logit + Gumbel noise falls on a token with its probability
+    bits = scramble(scramble(seeds + place)[:, None] + torch.arange(logits.size(-1), device=logits.device))
+    uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23 # (B, V), above 0 and below 1
+    return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)
 
 
 # OpenAI's Conv1D, and so transformers' GPT-2, keeps these as (in, out), a Linear as (out, in).

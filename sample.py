@@ -4,8 +4,12 @@ A trained model speaks.
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
     python sample.py --start=FILE:prompt.txt
+    python sample.py --start=LINES:prompts.txt --num_samples=2 --stop="\\n\\n"
+
+All samples grow in one batch. A sample depends on seed, its number and its prompt, not on what grows beside it.
 """
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,11 +23,13 @@ from model import GPT
 # -----------------------------------------------------------------------------
 init_from = 'resume' # resume (out_dir's checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
 out_dir = 'out' # where the checkpoint is
-start = '\n' # the text to continue, or FILE:path of a file that holds it
-num_samples = 10
+start = '\n' # the text to continue, FILE:path of a file that holds it, or LINES:path of a file with one a line
+num_samples = 10 # of each prompt
 max_new_tokens = 500 # in each sample
 temperature = 0.8 # below 1 less random, above 1 more, 0 always takes the likeliest token
 top_k = 200 # draw only among so many likeliest tokens, 0 among all
+top_p = 0.0 # draw only among the likeliest tokens that together have this probability, 0 among all
+stop = '' # a sample ends before this text; \n is a new line
 seed = 1337
 device = 'auto' # cpu, cuda, cuda:1, mps, ...
 dtype = 'auto' # float32, bfloat16 or float16
@@ -35,12 +41,20 @@ for _name, _least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature',
     if not config[_name] >= _least:
         sys.exit(f"--{_name} must be at least {_least}, not {config[_name]}")
 
-# the text to continue
-if start.startswith('FILE:'):
+if not 0 <= top_p <= 1:
+    sys.exit(f"--top_p must be at least 0 and at most 1, not {top_p}")
+stop = stop.replace('\\n', '\n')
+LOOK_EVERY = 8 # tokens
+
+# the texts to continue
+starts = [start]
+if start.startswith(('FILE:', 'LINES:')):
+    kind, _, path = start.partition(':')
     try:
-        start = Path(start[5:]).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:
         sys.exit(f"--start={start}: {getattr(e, 'strerror', None) or 'not UTF-8 text'}")
+    starts = text.splitlines() if kind == 'LINES' else [text]
 
 # the model and its tokenizer
 checkpoint = read_checkpoint(Path(out_dir, 'ckpt.pt')) if init_from == 'resume' else {}
@@ -59,23 +73,52 @@ if meta is None and checkpoint: # a checkpoint of nanoGPT's own: the data set it
     meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
 encode, decode, n_tokens = tokenizer(meta or {})
 try:
-    prompt = encode(start)
+    prompts = [encode(text) for text in starts]
 except ValueError as e:
     sys.exit(f"--start: {e}")
-if not prompt:
+if not prompts or not all(prompts):
     sys.exit("--start must hold at least one character, got an empty text")
-if max(prompt) >= model.config.vocab_size:
-    sys.exit(f"--start: token {max(prompt)} is not below the model's vocab_size={model.config.vocab_size}")
+if max(map(max, prompts)) >= model.config.vocab_size:
+    sys.exit(f"--start: token {max(map(max, prompts))} is not below the model's vocab_size={model.config.vocab_size}")
 
-torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')
 model.eval().to(device)
 if config['compile']:
-    model.compile()
+    model.features = torch.compile(model.features, dynamic=True)
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
-idx = torch.tensor([prompt], device=device) # (1, T)
+
+
+def text_of(ids):
+    """The text of a sample's tokens, up to and without `stop`; and whether it ends there."""
+    text, found, _ = decode(ids).partition(stop) if stop else (decode(ids), '', '')
+    return text, bool(found)
+
+
+# all samples grow side by side; the first is shown as it comes
+texts = [prompt for prompt in prompts for _ in range(num_samples)]
+new = torch.empty(len(texts), 0, dtype=torch.long, device=device)
+began, shown = time.perf_counter(), ''
+print(decode(texts[0]), end='')
 with autocast:
-    for _ in range(num_samples):
-        ids = model.generate(idx, max_new_tokens, temperature=temperature, top_k=top_k or None, n_tokens=n_tokens)
-        print(decode(ids[0].tolist()))
-        print('---------------')
+    for n, ids in enumerate(model.stream([torch.tensor(ids, device=device) for ids in texts], max_new_tokens, seed,
+                                         temperature=temperature, top_k=top_k or None, top_p=top_p or None,
+                                         n_tokens=n_tokens), start=1):
+        new = torch.cat((new, ids[:, None]), dim=1)
+        if n % LOOK_EVERY and n < max_new_tokens:
+            continue # looking waits for the device
+        rows = new.tolist()
+        text, ended = text_of(rows[0])
+        if not ended and n < max_new_tokens:
+            text = text.rstrip('\ufffd') # the rest of a character may still come
+            text = text[:max(0, len(text) - len(stop))] # and of the stop
+        if len(text) > len(shown):
+            print(text[len(shown):], end='', flush=True)
+            shown = text
+        if stop and all(text_of(row)[1] for row in rows):
+            break
+took_s = time.perf_counter() - began
+print('\n---------------')
+for ids, row in list(zip(texts, new.tolist()))[1:]:
+    print(decode(ids) + text_of(row)[0])
+    print('---------------')
+print(f"{new.numel():,} tokens in {took_s:.1f} s, {new.numel() / took_s:,.0f} tokens/s", file=sys.stderr)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import GPT, GPTConfig, peak_flops, pick
+from model import GPT, GPTConfig, LayerCache, peak_flops, pick, row_seeds
 from plain_gpt import PlainGPT
 
 SHAPE = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
@@ -321,19 +321,34 @@ def test_temperature_zero_takes_the_likeliest_token_each_time():
 
 
 def test_top_k_draws_among_the_likeliest_only():
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(400, 4)
-    assert set(pick(logits, top_k=2).flatten().tolist()) == {1, 3}
-    assert set(pick(logits, top_k=1).flatten().tolist()) == {1}
-    assert set(pick(logits, top_k=99).flatten().tolist()) == {0, 1, 2, 3}
+    logits, seeds = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(400, 4), row_seeds(1, 400, 'cpu')
+    assert set(pick(logits, seeds, 0, top_k=2).tolist()) == {1, 3}
+    assert set(pick(logits, seeds, 0, top_k=1).tolist()) == {1}
+    assert set(pick(logits, seeds, 0, top_k=99).tolist()) == {0, 1, 2, 3}
+
+
+def test_top_p_draws_among_the_likeliest_that_have_this_probability_together():
+    logits, seeds = torch.tensor([[0.1, 0.5, 0.1, 0.3]]).log().expand(400, 4), row_seeds(1, 400, 'cpu')
+    for top_p, allowed in ((0.01, {1}), (0.5, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (1.0, {0, 1, 2, 3})):
+        assert set(pick(logits, seeds, 0, top_p=top_p).tolist()) == allowed
 
 
 def test_tokens_are_drawn_as_likely_as_the_model_says():
-    torch.manual_seed(1)
-    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    logits, n = torch.tensor([[0.0, 1.0, 2.0]]), 20000
+    over_samples = lambda temperature: pick(logits.expand(n, 3), row_seeds(1, n, 'cpu'), 7, temperature) # noqa: E731
+    over_places = lambda temperature: pick(logits.expand(n, 3), torch.zeros(n, dtype=torch.long), # noqa: E731
+                                           torch.arange(n), temperature)
     for temperature in (1.0, 0.5):
-        drawn = pick(logits.expand(20000, 3), temperature).flatten()
-        wanted = torch.softmax(logits[0] / temperature, dim=0)
-        assert_near(torch.bincount(drawn, minlength=3) / 20000, wanted, 0.02)
+        for draw in (over_samples, over_places):
+            wanted = torch.softmax(logits[0] / temperature, dim=0)
+            assert_near(torch.bincount(draw(temperature), minlength=3) / n, wanted, 0.02)
+
+
+def test_neighbouring_tokens_places_and_samples_draw_independently():
+    even = torch.zeros(4000, 2)
+    noise = [pick(even, row_seeds(seed, 4000, 'cpu'), place).float() for seed in (1, 2) for place in (5, 6)]
+    together = torch.stack([*noise, noise[0].roll(1)])
+    assert (torch.corrcoef(together) - torch.eye(5)).abs().max() < 0.06 # 4 standard deviations
 
 
 def test_ids_that_no_token_has_are_never_drawn():
@@ -351,3 +366,54 @@ def test_one_seed_gives_one_text():
         torch.manual_seed(seed)
         texts.append(model.generate(ids(B=1, T=2), 20))
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+CHOICES = [dict(temperature=0), dict(), dict(temperature=0.8, top_k=5), dict(top_p=0.7, n_tokens=30)]
+
+
+@pytest.mark.parametrize('choice', CHOICES, ids=str)
+def test_kept_keys_and_values_give_the_text_of_the_plain_loop_across_the_block_boundary(choice):
+    model = small()
+    for T in (1, 7, 15, 16, 17, 30):
+        x = ids(B=3, T=T)
+        plain = model.generate_plain(x, 20, seed=3, **choice)
+        assert torch.equal(model.generate(x, 20, seed=3, **choice), plain)
+
+
+def test_a_sample_does_not_depend_on_what_grows_beside_it():
+    model = small()
+    prompts = [ids(B=1, T=T)[0] for T in (3, 9, 1, 16, 20)] # of unequal length, two past the block
+    rows = torch.stack(list(model.stream(prompts, 12, seed=4)), dim=1)
+    seeds = row_seeds(4, len(prompts), 'cpu')
+    for i, prompt in enumerate(prompts):
+        text = prompt[None]
+        for _ in range(12): # alone, by the definition
+            text = torch.cat((text, pick(model(text[:, -16:])[0][:, -1], seeds[[i]], text.size(1))[:, None]), dim=1)
+        assert torch.equal(text[0, len(prompt):], rows[i])
+    first = list(model.stream(prompts[:1], 12, seed=4))
+    assert torch.equal(torch.cat(first), rows[0])
+
+
+def test_a_new_token_costs_one_place_not_the_whole_text(monkeypatch):
+    model, sizes = small(), []
+    features = model.features
+    monkeypatch.setattr(model, 'features', lambda idx, *rest: sizes.append(idx.shape) or features(idx, *rest))
+    model.generate(ids(B=2, T=5), 14) # 16 fit
+    assert sizes == [(2, 5)] + [(2, 1)] * 11 + [(2, 16)] * 2
+
+
+def test_kept_keys_in_bfloat16_are_as_near_to_float32_as_the_whole_forward_is():
+    model, x = small(), ids(B=4, T=16)
+    with torch.no_grad():
+        exact = model.lm_head(model.features(x, torch.arange(16)))
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            whole = model.lm_head(model.features(x, torch.arange(16)))
+            lengths = torch.full((4,), 8)
+            caches = [LayerCache(16, lengths) for _ in range(model.config.n_layer)]
+            model.features(x[:, :8], torch.arange(8), caches)
+            kept = []
+            for t in range(8, 16):
+                kept.append(model.lm_head(model.features(x[:, [t]], lengths[:, None], caches)))
+                lengths += 1
+    off = (torch.cat(kept, 1) - exact[:, 8:]).norm()
+    assert off <= 1.5 * (whole[:, 8:] - exact[:, 8:]).norm()

@@ -128,7 +128,7 @@ def test_a_model_of_characters_speaks_without_tiktoken(speaker, run_here, monkey
 
 def test_a_trained_model_speaks_in_a_process_of_its_own_without_a_warning(speaker, tiny):
     ran = run_script('sample.py', *CPU, '--start=abc', cwd=tiny.parents[1], python=['-W', 'error'])
-    assert ran.err == '' and texts(ran)[0].startswith('abc')
+    assert ran.err.count('\n') == 1 and 'tokens/s' in ran.err and texts(ran)[0].startswith('abc')
 
 
 @pytest.mark.parametrize('flag, words', [
@@ -164,3 +164,31 @@ def test_gpt2s_tokens_are_used_where_there_are_no_characters(gpt2_tokens, tiny, 
     torch.save({'model': model.state_dict(), 'model_args': model.config.model_args(), 'tokenizer': {}}, 'out/ckpt.pt')
     text, = texts(run_here('sample.py', *CPU, '--start=To be, or not', '--max_new_tokens=5'))
     assert text.startswith('To be, or not')
+
+
+def test_several_prompts_of_unequal_length_are_continued_in_one_batch(speaker, run_here):
+    Path('prompts.txt').write_text('abc\nno\ngabed.: ga\n')
+    found = texts(run_here('sample.py', '--device=cpu', '--max_new_tokens=30', '--start=LINES:prompts.txt',
+                           '--num_samples=1', '--temperature=0'))
+    assert found == [greedy(speaker.model, text, 30) for text in ('abc', 'no', 'gabed.: ga')]
+
+
+def test_a_sample_ends_before_the_stop(speaker, run_here):
+    whole, = texts(run_here('sample.py', *CPU, '--start=abc', '--temperature=0'))
+    stop = whole[12:14]
+    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--temperature=0', f'--stop={stop}'))
+    assert text == whole[:3] + whole[3:].partition(stop)[0]
+
+
+def test_a_sample_is_the_same_whatever_the_number_of_samples(speaker, run_here):
+    one = texts(run_here('sample.py', *CPU, '--start=abc'))
+    three = texts(run_here('sample.py', *CPU, '--start=abc', '--num_samples=3'))
+    assert three[:1] == one and len(set(three)) == 3
+
+
+def test_the_speed_is_said(speaker, run_here):
+    assert 'tokens/s' in run_here('sample.py', *CPU).err.splitlines()[-1]
+
+
+def test_a_top_p_beyond_one_is_refused(speaker, run_here):
+    assert_refused(run_here('sample.py', *CPU, '--top_p=1.5'), '--top_p must be at least 0 and at most 1, not 1.5')
