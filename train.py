@@ -8,6 +8,7 @@ Trains a GPT, on one device or, under torchrun, on many.
 In out_dir it leaves checkpoints, log.csv and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C) and
 SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
 """
+import functools
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import Checkpoints, RunLog, StopSignal, fresh_store, newest_checkpoint
+from data.run import Checkpoints, RunLog, StopSignal, explain_error, fresh_store, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 
@@ -106,10 +107,9 @@ def check_settings():
     for name in ('beta1', 'beta2'):
         if not 0 <= config[name] < 1:
             sys.exit(f"--{name} must be at least 0 and below 1, not {config[name]}")
-    if data_order not in ('random', 'permutation'):
-        sys.exit(f"--data_order must be random or permutation, not {data_order!r}")
-    if backend not in ('auto', 'nccl', 'gloo'):
-        sys.exit(f"--backend must be auto, nccl or gloo, not {backend!r}")
+    for name, allowed in (('data_order', ('random', 'permutation')), ('backend', ('auto', 'nccl', 'gloo'))):
+        if config[name] not in allowed:
+            sys.exit(f"--{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {config[name]!r}")
     if init_from not in ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') \
             and not Path(init_from).is_dir():
         sys.exit("--init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder in "
@@ -117,6 +117,7 @@ def check_settings():
 
 
 check_settings()
+sys.excepthook = explain_error
 run_id = os.environ.get('TORCHELASTIC_RUN_ID', '')
 checkpoint = {}
 if init_from == 'resume':
@@ -173,18 +174,13 @@ def places(step, micro_step):
         return draw('train')
     n = data['train'].n_windows
     first = (step * gradient_accumulation_steps + micro_step) * batch_size
-    return [permutation(n, i // n)[i % n] for i in range(first, first + batch_size)]
+    return [int(permutation(n, i // n)[i % n]) for i in range(first, first + batch_size)]
 
 
+@functools.lru_cache(maxsize=2) # a batch may lie in two epochs
 def permutation(n, epoch):
-    """The numbers below n in an order that depends on seed and epoch only; the newest two are kept."""
-    if epoch not in permutation.kept:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        permutation.kept = {**dict(list(permutation.kept.items())[-1:]), epoch: order}
-    return permutation.kept[epoch]
-
-
-permutation.kept = {}
+    """The numbers below n in an order that depends on seed and epoch only."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def train_batch(at):
@@ -241,8 +237,8 @@ if init_from == 'resume':
         scaler.load_state_dict(checkpoint['scaler'])
     states = checkpoint.get('ranks', [])
     resumed = states[rank] if len(states) == world_size else {}
-best_val_loss, wandb_id = float(best_val_loss), checkpoint.get('wandb_id')
-mfu, resume_evaluated = checkpoint.get('mfu', -1.0), checkpoint.get('evaluated', False)
+best_val_loss, mfu, wandb_id = float(best_val_loss), checkpoint.get('mfu', -1.0), checkpoint.get('wandb_id')
+evaluated = bool(resumed) and checkpoint.get('evaluated', False) # the run that saved this had just evaluated
 checkpoint = None # free its memory
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
@@ -364,7 +360,6 @@ def update(loss):
 
 # training
 first_step, bad_said = step, 0
-evaluated = bool(resumed) and resume_evaluated # the run that saved this had just evaluated
 stop = StopSignal(control)
 if resumed:
     torch.set_rng_state(resumed['cpu_rng'])

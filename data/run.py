@@ -296,6 +296,15 @@ class RunLog:
             self.wandb_run.finish()
 
 
+def explain_error(kind, error, trace):
+    """For sys.excepthook: memory that ran out gets one line with what to lower, anything else its traceback."""
+    if not issubclass(kind, torch.OutOfMemoryError):
+        return sys.__excepthook__(kind, error, trace)
+    reason = str(error).partition('. GPU')[0].partition('\n')[0]
+    print(f"{reason}: lower --batch_size, and raise --gradient_accumulation_steps by as much, or lower --block_size, "
+          "or take a smaller model", file=sys.stderr)
+
+
 def fresh_store(rank, world_size):
     """
     torchrun's key-value store, the part that only this attempt uses. The store outlives a restart, and addresses of

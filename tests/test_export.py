@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.text import CACHE, is_cached
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,9 +58,7 @@ def test_an_exported_model_writes_the_same_tokens_and_comes_back_bit_for_bit(tmp
     assert tokenizer.decode(tokenizer(text)['input_ids']) == text
 
 
-@pytest.mark.skipif(not all(is_cached(CACHE, name) for name in ('vocab.bpe', 'encoder.json')),
-                    reason="GPT-2's tokenizer is not in data/.cache; data/shakespeare/prepare.py fetches it")
-def test_ids_of_a_padded_vocabulary_are_never_written(tmp_path):
+def test_ids_of_a_padded_vocabulary_are_never_written(tmp_path, gpt2_tokens):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = checkpoint_in(tmp_path / 'out', {}, vocab_size=50304, n_layer=1, n_embd=8)
     with torch.no_grad(): # a model that likes a padded id best

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
-from data.run import newest_checkpoint
+from data.run import explain_error, newest_checkpoint
 
 LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
         '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
@@ -232,6 +232,15 @@ def test_a_run_may_go_on_with_another_number_of_processes(unbroken, tiny, run_he
     assert run_here('train.py', *LONG, '--dropout=0', '--out_dir=whole').status == 0
     for (name, a), b in zip(weights('one').items(), weights('whole').values()):
         assert (a - b).norm() <= 1e-4 * b.norm(), name
+
+
+def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
+    said = "CUDA out of memory. Tried to allocate 9.38 GiB. GPU 0 has a total capacity of 79.18 GiB of which 5 is free."
+    explain_error(torch.OutOfMemoryError, torch.OutOfMemoryError(said), None)
+    line, = capsys.readouterr().err.splitlines()
+    assert 'Tried to allocate 9.38 GiB: lower --batch_size' in line
+    explain_error(ValueError, ValueError("ours"), None)
+    assert 'ValueError: ours' in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
