@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ThunderKittens.examples.attn_causal import causal_attention_qkv
 
@@ -326,7 +327,8 @@ class GPT(nn.Module):
         """nanoGPT's own loop, the definition of generate: the whole of the last block_size tokens for each new one."""
         seeds = row_seeds(choice.pop('seed', None), len(idx), idx.device)
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])
+            with sdpa_kernel(WHILE_GENERATING):
+                logits, _ = self(idx[:, -self.config.block_size:])
             next_id = pick(logits[:, -1], seeds, idx.size(1), **choice) # (B)
             idx = torch.cat((idx, next_id[:, None]), dim=1)
         return idx
@@ -360,7 +362,8 @@ class GPT(nn.Module):
         ids = None
         for n in range(max_new_tokens):
             if n > 0 and longest + n <= block_size: # the newest token alone, at its own place
-                x = self.features(ids[:, None], lengths[:, None], caches)[:, 0] # (B, C)
+                with sdpa_kernel(WHILE_GENERATING):
+                    x = self.features(ids[:, None], lengths[:, None], caches)[:, 0] # (B, C)
                 lengths += 1
             else: # each row's window
                 lengths += n > 0
@@ -368,10 +371,15 @@ class GPT(nn.Module):
                 places = torch.arange(min(longest + n, block_size), device=device) # (T)
                 window = text.gather(1, first[:, None] + places) # (B, T)
                 keep = caches if longest + n <= block_size else None
-                x = self.features(window, places, keep)[rows, lengths - first - 1] # (B, C)
+                with sdpa_kernel(WHILE_GENERATING):
+                    x = self.features(window, places, keep)[rows, lengths - first - 1] # (B, C)
             ids = pick(self.lm_head(x), seeds, lengths, **choice)
             text.scatter_(1, lengths[:, None], ids[:, None])
             yield ids
+
+
+# Every new token is another length, and cuDNN would plan anew for each.
+WHILE_GENERATING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def row_seeds(seed, rows, device):

@@ -417,3 +417,16 @@ def test_kept_keys_in_bfloat16_are_as_near_to_float32_as_the_whole_forward_is():
                 lengths += 1
     off = (torch.cat(kept, 1) - exact[:, 8:]).norm()
     assert off <= 1.5 * (whole[:, 8:] - exact[:, 8:]).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('choice', CHOICES, ids=str)
+def test_on_a_gpu_too_kept_keys_and_values_give_the_text_of_the_plain_loop(choice):
+    tf32 = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    model = small().to('cuda')
+    for T in (1, 7, 15, 16, 17, 30):
+        x = ids(B=3, T=T).to('cuda')
+        plain = model.generate_plain(x, 20, seed=3, **choice)
+        assert torch.equal(model.generate(x, 20, seed=3, **choice), plain)
+    torch.set_float32_matmul_precision(tf32)
