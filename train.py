@@ -443,8 +443,14 @@ if full_val and not stop.agreed:
 if master:
     checkpoints.wait()
     run_log.finish()
-if ddp:
-    dist.destroy_process_group()
+status = 0
 if stop.agreed:
     say(f"stopped by {signal.Signals(int(stop.agreed)).name} after step {step}; --init_from=resume goes on")
-    sys.exit(128 + int(stop.agreed))
+    status = 128 + int(stop.agreed)
+if ddp: # a thread of the groups that asks for the interpreter while it shuts down would abort it: leave at once
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+if status:
+    sys.exit(status)
