@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import Checkpoints, RunLog, StopSignal, explain_error, fresh_store, newest_checkpoint
+from data.run import (Checkpoints, RunLog, StopSignal, explain_error, fresh_store, leave_group,
+                      newest_checkpoint)
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 
@@ -443,14 +444,10 @@ if full_val and not stop.agreed:
 if master:
     checkpoints.wait()
     run_log.finish()
-status = 0
-if stop.agreed:
+status = 128 + int(stop.agreed) if stop.agreed else 0
+if status:
     say(f"stopped by {signal.Signals(int(stop.agreed)).name} after step {step}; --init_from=resume goes on")
-    status = 128 + int(stop.agreed)
-if ddp: # a thread of the groups that asks for the interpreter while it shuts down would abort it: leave at once
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+if ddp:
+    leave_group(status)
 if status:
     sys.exit(status)

@@ -325,6 +325,17 @@ def fresh_store(rank, world_size):
     return dist.PrefixStore(attempt, store)
 
 
+def leave_group(status):
+    """
+    End this process of a group, at once: a thread of the group's that asked for the interpreter while it shuts down
+    would abort the process, and the run would count as failed.
+    """
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 class StopSignal:
     """
     SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask the run to stop after its step; a second Ctrl-C ends it at once.
