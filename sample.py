@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import choose, configure
-from data.run import read_checkpoint
-from data.tokens import read_meta, tokenizer
-from model import GPT
+from configurator import configure
+from data.run import load_model
+from data.tokens import tokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'resume' # resume (out_dir's checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
@@ -57,21 +56,10 @@ if start.startswith(('FILE:', 'LINES:')):
     starts = text.splitlines() if kind == 'LINES' else [text]
 
 # the model and its tokenizer
-checkpoint = read_checkpoint(Path(out_dir, 'ckpt.pt')) if init_from == 'resume' else {}
-if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
-    config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
-choose(config, for_training=False)
+model, meta = load_model(config)
 device, dtype = config['device'], config['dtype']
 device_type = torch.device(device).type
-ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
-try:
-    model = GPT.from_checkpoint(checkpoint, **ours) if checkpoint else GPT.from_pretrained(init_from, ours)
-except (ValueError, OSError) as e:
-    sys.exit(f"--init_from={init_from}: {e}")
-meta = checkpoint.get('tokenizer')
-if meta is None and checkpoint: # a checkpoint of nanoGPT's own: the data set it names says how to read it
-    meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
-encode, decode, n_tokens = tokenizer(meta or {})
+encode, decode, n_tokens = tokenizer(meta)
 try:
     prompts = [encode(text) for text in starts]
 except ValueError as e:
@@ -82,7 +70,7 @@ if max(map(max, prompts)) >= model.config.vocab_size:
     sys.exit(f"--start: token {max(map(max, prompts))} is not below the model's vocab_size={model.config.vocab_size}")
 
 torch.set_float32_matmul_precision('high')
-model.eval().to(device)
+model.to(device)
 if config['compile']:
     model.features = torch.compile(model.features, dynamic=True)
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))

@@ -29,6 +29,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from configurator import choose
+from data.tokens import read_meta
+from model import GPT
+
 
 class Checkpoints:
     """
@@ -173,6 +177,30 @@ def read_checkpoint(path):
         sys.exit(f"{path}: {e}")
     why_not = _why_damaged(path)
     return sys.exit(f"{path}: damaged ({why_not})") if why_not else checkpoint
+
+
+def load_model(config):
+    """
+    The model that a script's settings name, for inference, and how its tokens are read.
+
+    config   with init_from, out_dir, device, dtype, TK_kernel; what is 'auto' in it is chosen here
+    returns  (GPT in eval mode on the CPU, meta for data.tokens.tokenizer)
+    raises   SystemExit with one line where there is no such model
+    """
+    init_from = config['init_from']
+    checkpoint = read_checkpoint(Path(config['out_dir'], 'ckpt.pt')) if init_from == 'resume' else {}
+    if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
+        config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
+    choose(config, for_training=False)
+    ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
+    try:
+        model = GPT.from_checkpoint(checkpoint, **ours) if checkpoint else GPT.from_pretrained(init_from, ours)
+    except (ValueError, OSError) as e:
+        sys.exit(f"--init_from={init_from}: {e}")
+    meta = checkpoint.get('tokenizer')
+    if meta is None and checkpoint: # a checkpoint of nanoGPT's own: the data set it names says how to read it
+        meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
+    return model.eval(), meta or {}
 
 
 def _load(path):

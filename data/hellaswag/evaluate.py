@@ -16,10 +16,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import choose, configure
-from data.run import read_checkpoint
+from configurator import configure
+from data.run import load_model
 from data.tokens import tokenizer
-from model import GPT
 
 # -----------------------------------------------------------------------------
 init_from = 'resume' # resume (out_dir's checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
@@ -66,19 +65,11 @@ questions = read_questions()
 questions = questions[:limit] if limit else questions
 if not questions:
     sys.exit(f"--data_file={data_file}: no question there")
-checkpoint = read_checkpoint(Path(out_dir, 'ckpt.pt')) if init_from == 'resume' else {}
-if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
-    config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
-choose(config, for_training=False)
+model, meta = load_model(config)
 device, dtype = config['device'], config['dtype']
 device_type = torch.device(device).type
-ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
-try:
-    model = GPT.from_checkpoint(checkpoint, **ours) if checkpoint else GPT.from_pretrained(init_from, ours)
-except (ValueError, OSError) as e:
-    sys.exit(f"--init_from={init_from}: {e}")
-model.eval().to(device)
-encode, _, _ = tokenizer(checkpoint.get('tokenizer') or {})
+model.to(device)
+encode, _, _ = tokenizer(meta)
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
 
 
@@ -115,5 +106,5 @@ for first in bar:
     bar.set_postfix_str(f"acc_norm {right['acc_norm'] / (first + len(batch)):.4f}", refresh=False)
 result = {name: round(count / len(questions), 4) for name, count in right.items()}
 print(f"{len(questions)} questions: acc_norm {result['acc_norm']:.4f}, acc {result['acc']:.4f}; chance is 0.25")
-print(json.dumps({'questions': len(questions), **result, 'model': init_from if not checkpoint else out_dir,
+print(json.dumps({'questions': len(questions), **result, 'model': out_dir if init_from == 'resume' else init_from,
                   'dtype': dtype}))
