@@ -194,7 +194,8 @@ def load_model(config):
     choose(config, for_training=False)
     ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
     try:
-        model = GPT.from_checkpoint(checkpoint, **ours) if checkpoint else GPT.from_pretrained(init_from, ours)
+        resume = init_from == 'resume'
+        model = GPT.from_checkpoint(checkpoint, **ours) if resume else GPT.from_pretrained(init_from, ours)
     except (ValueError, OSError) as e:
         sys.exit(f"--init_from={init_from}: {e}")
     meta = checkpoint.get('tokenizer')
