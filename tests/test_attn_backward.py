@@ -28,8 +28,8 @@ passes = pytest.mark.parametrize('passes', ['one pass', 'two passes'])
 
 @pytest.fixture
 def needs_kernel():
-    if attn.why_not_training():
-        pytest.skip(attn.why_not_training())
+    if attn.why_unavailable():
+        pytest.skip(attn.why_unavailable())
 
 
 def device_test(function):

@@ -54,11 +54,6 @@ def why_not_for(head_dim, dropout=0.0):
     return '' if 0 <= dropout < 1 else f"it takes a dropout of at least 0 and below 1, not {dropout}"
 
 
-def why_not_training():
-    """'' where forward and backward run, else the reason in one line. Both are in one module."""
-    return why_unavailable()
-
-
 def is_available():
     """Whether causal_attention runs on the current device; why_unavailable() says why not."""
     return why_unavailable() == ''

@@ -147,8 +147,8 @@ def main():
     parser.add_argument('--out', default=str(bench.HERE))
     parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
     options = parser.parse_args()
-    if attn.why_not_training():
-        raise SystemExit(attn.why_not_training())
+    if attn.why_unavailable():
+        raise SystemExit(attn.why_unavailable())
     torch.manual_seed(0)
     peers = {'flash': sdpa(SDPBackend.FLASH_ATTENTION), 'cudnn': sdpa(SDPBackend.CUDNN_ATTENTION)}
     fa3 = fa3_from(options.fa3)
