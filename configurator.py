@@ -105,7 +105,7 @@ def _print_help(namespace, settings):
 
 def choose(settings, for_training=True):
     """
-    Replace the 'auto' of device, dtype, compile and TK_kernel by what this machine can do, and say so in one line.
+    Replace the 'auto' of device, dtype, fast, compile and TK_kernel by what this machine can do; say so in one line.
 
     settings      the dict that configure() returned; changed in place
     for_training  the kernel must also give gradients
@@ -114,7 +114,7 @@ def choose(settings, for_training=True):
     import torch
 
     from ThunderKittens.examples import attn_causal
-    auto = [name for name in ('device', 'dtype', 'compile', 'TK_kernel') if settings.get(name) == 'auto']
+    auto = [name for name in ('device', 'dtype', 'fast', 'compile', 'TK_kernel') if settings.get(name) == 'auto']
     if settings['device'] == 'auto':
         mps = torch.backends.mps.is_available()
         settings['device'] = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
@@ -124,8 +124,14 @@ def choose(settings, for_training=True):
         settings['dtype'] = 'bfloat16' if bf16 else 'float16' if device_type == 'cuda' else 'float32'
     if settings['dtype'] not in ('float32', 'bfloat16', 'float16'):
         sys.exit(f"--dtype must be auto, float32, bfloat16 or float16, not {settings['dtype']!r}")
+    why_not_fast = _why_not_fast(settings, device_type) if 'fast' in settings else ''
+    if settings.get('fast') is True and why_not_fast:
+        sys.exit(f"--fast=True cannot run here: {why_not_fast}")
+    if settings.get('fast') == 'auto':
+        settings['fast'] = not why_not_fast
     if settings.get('compile') == 'auto': # Triton, behind torch.compile, needs compute capability 7.0
-        settings['compile'] = for_training and device_type == 'cuda' and torch.cuda.get_device_capability() >= (7, 0)
+        settings['compile'] = (for_training and device_type == 'cuda' and not settings.get('fast')
+                               and torch.cuda.get_device_capability() >= (7, 0))
     why_not = _why_no_kernel(settings, device_type, for_training, attn_causal)
     if settings['TK_kernel'] is True and why_not:
         hint = "" if 'h100_fwd_setup.py' in why_not else f" (what builds it: {BUILD_KERNEL})"
@@ -134,8 +140,20 @@ def choose(settings, for_training=True):
         settings['TK_kernel'] = not why_not
     if auto and MASTER:
         reason = f" (no kernel: {why_not})" if 'TK_kernel' in auto and why_not else ""
+        if 'fast' in auto and why_not_fast and device_type == 'cuda':
+            reason += f" (not fast: {why_not_fast})"
         print("auto: " + ", ".join(f"{name}={settings[name]}" for name in auto) + reason)
     return settings
+
+
+def _why_not_fast(settings, device_type):
+    """'' if the training step by hand can run with these settings, else the reason in a few words."""
+    from ThunderKittens.examples import gpt2_step
+    if settings.get('plain'):
+        return "plain=True is plain nanoGPT"
+    if settings['compile'] is True:
+        return "compile=True compiles model.py"
+    return gpt2_step.why_not(device_type, settings['dtype'])
 
 
 def _why_no_kernel(settings, device_type, for_training, attn_causal):

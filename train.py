@@ -27,6 +27,7 @@ from data.run import (Checkpoints, RunLog, StopSignal, explain_error, fresh_stor
                       newest_checkpoint)
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
+from ThunderKittens.examples.gpt2_step import TrainStep
 
 _started = time.time()
 # -----------------------------------------------------------------------------
@@ -75,11 +76,14 @@ min_lr = 6e-5 # about learning_rate / 10, as in Chinchilla
 backend = 'auto' # of torch.distributed: nccl, gloo; auto is nccl on CUDA, gloo elsewhere
 device = 'auto' # cpu, cuda, cuda:1, mps, ...
 dtype = 'auto' # float32, bfloat16 or float16 (float16 gets a GradScaler)
-compile = 'auto' # torch.compile: True or False
+fast = 'auto' # the step by hand, in CUDA graphs: True, False (model.py and autograd); auto uses it where it can run
+compile = 'auto' # torch.compile: True or False; auto compiles model.py on CUDA where the step is not fast
 TK_kernel = 'auto' # the ThunderKittens attention: True, False; auto uses it where it can run
+plain = False # the whole of plain nanoGPT, nothing of ours, for comparison
+residual = 'float32' # of the fast step's residual stream; bfloat16 is faster, and not what nanoGPT computes
 seed = 1337
 # -----------------------------------------------------------------------------
-config = configure(globals(), auto={'compile': bool, 'TK_kernel': bool})
+config = configure(globals(), auto={'fast': bool, 'compile': bool, 'TK_kernel': bool})
 
 # the processes: one, or those that torchrun started
 ddp = 'RANK' in os.environ
@@ -108,7 +112,8 @@ def check_settings():
     for name in ('beta1', 'beta2'):
         if not 0 <= config[name] < 1:
             sys.exit(f"--{name} must be at least 0 and below 1, not {config[name]}")
-    for name, allowed in (('data_order', ('random', 'permutation')), ('backend', ('auto', 'nccl', 'gloo'))):
+    for name, allowed in (('data_order', ('random', 'permutation')), ('backend', ('auto', 'nccl', 'gloo')),
+                          ('residual', ('float32', 'bfloat16'))):
         if config[name] not in allowed:
             sys.exit(f"--{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {config[name]!r}")
     if init_from not in ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') \
@@ -130,11 +135,13 @@ elif int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and list(Path(out_
 if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
     config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
 choose(config)
-device, dtype, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'compile', 'TK_kernel'))
+device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'fast', 'compile', 'TK_kernel'))
+if residual != 'float32' and not fast:
+    sys.exit(f"--residual={residual} is an option of the fast step, which does not run here")
 device_type, control = torch.device(device).type, None
+if device_type == 'cuda':
+    torch.cuda.set_device(torch.device(device).index or 0)
 if ddp:
-    if device_type == 'cuda':
-        torch.cuda.set_device(device)
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     if backend == 'nccl' and device_type != 'cuda':
@@ -241,21 +248,30 @@ if init_from == 'resume':
 best_val_loss, mfu, wandb_id = float(best_val_loss), checkpoint.get('mfu', -1.0), checkpoint.get('wandb_id')
 evaluated = bool(resumed) and checkpoint.get('evaluated', False) # the run that saved this had just evaluated
 checkpoint = None # free its memory
+fast_step = None
+if fast:
+    fast_step = TrainStep(raw_model, optimizer, grad_clip, getattr(torch, residual), getattr(torch, dtype))
 model = torch.compile(raw_model) if compile else raw_model
-if ddp:
+if ddp and not fast:
     model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
 
 
-@torch.no_grad()
+def evaluate(forward, x, y):
+    """The mean loss of a batch, 0-d, without dropout."""
+    if fast:
+        return fast_step.evaluate(x, y)
+    with torch.no_grad(), autocast:
+        return forward(x, y)[1]
+
+
 def estimate_loss():
     """Mean loss of eval_iters random batches of each split, the batches shared by all processes."""
     raw_model.eval()
-    forward = model.module if ddp else model
+    forward = model.module if isinstance(model, DistributedDataParallel) else model
     losses = {}
     for split in ('train', 'val'):
-        with autocast:
-            mine = [forward(*to_device(*data[split].batch(draw(split))))[1]
-                    for _ in range(rank, eval_iters, world_size)]
+        mine = [evaluate(forward, *to_device(*data[split].batch(draw(split))))
+                for _ in range(rank, eval_iters, world_size)]
         losses[split] = mean_over_processes(mine)
     raw_model.train()
     return losses
@@ -265,10 +281,9 @@ def full_val_loss():
     """Loss over all of val.bin: every token but the first is predicted once, but for a rest shorter than T."""
     raw_model.eval()
     n, losses = data['val'].n_windows, []
-    with torch.no_grad(), autocast:
-        for first in range(rank * batch_size, n, world_size * batch_size):
-            x, y = to_device(*data['val'].windows(range(first, min(first + batch_size, n))))
-            losses += [raw_model(x, y)[1]] * len(x)
+    for first in range(rank * batch_size, n, world_size * batch_size):
+        x, y = to_device(*data['val'].windows(range(first, min(first + batch_size, n))))
+        losses += [evaluate(raw_model, x, y)] * len(x)
     raw_model.train()
     return mean_over_processes(losses)
 
@@ -342,6 +357,11 @@ bad_in_a_row, bad_in_all = torch.zeros((), device=device), torch.zeros((), devic
 
 def update(loss):
     """Clip and step, unless `loss` or a gradient is not finite on any process."""
+    if fast:
+        bad = fast_step.update()
+        bad_in_a_row.add_(1).mul_(bad)
+        bad_in_all.add_(bad)
+        return
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     bad = (~(norm.isfinite() & loss.isfinite())).float()
@@ -402,15 +422,19 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step)
     for i in range(max(1, len(my_micro_steps))): # a process without a share takes part with weight 0
-        share = world_size / gradient_accumulation_steps if my_micro_steps else 0.0
+        share = 1 / gradient_accumulation_steps if my_micro_steps else 0.0
         last = i + 1 >= len(my_micro_steps)
-        if ddp: # gradients meet after the last micro-batch only
-            model.require_backward_grad_sync = last
-        with autocast:
-            loss = model(x, y)[1]
+        if fast:
+            loss = fast_step.forward_backward(x, y, share, first=i == 0, last=last)
+        else:
+            if ddp: # gradients meet after the last micro-batch only, and are averaged
+                model.require_backward_grad_sync = last
+            with autocast:
+                loss = model(x, y)[1]
         next_places = places(step + 1, rank) if last else places(step, my_micro_steps[i + 1])
         x, y = train_batch(next_places)
-        scaler.scale(loss * share).backward()
+        if not fast:
+            scaler.scale(loss * share * world_size).backward()
         total += loss.detach()
     update(total)
 

@@ -63,6 +63,7 @@ class Tokens:
         self.dtype = np.dtype(read_meta(folder).get('dtype', 'uint16'))
         self.headers = [self._header_bytes(path) for path in self.paths]
         lengths = [self._length(p, h) for p, h in zip(self.paths, self.headers)]
+        self.files = [open(path, 'rb', buffering=0) for path in self.paths]
         self.n_tokens = sum(lengths)
         # a sequence lies inside one file and needs one more token, the last target
         self.first_start = np.cumsum([0] + [max(0, n - block_size) for n in lengths]) # starts before each file
@@ -115,14 +116,20 @@ class Tokens:
         return self._read(files, [int(w - self.first_window[f]) * self.block_size for w, f in zip(numbers, files)])
 
     def _read(self, files, offsets):
-        ids = np.empty((len(offsets), self.block_size + 1), dtype=np.int64)
-        for row, file, offset in zip(ids, files, offsets):
-            # opened anew each time: a map that lives on keeps every page it ever touched
-            data = np.memmap(self.paths[file], dtype=self.dtype, mode='r', offset=self.headers[file])
-            row[:] = data[offset:offset + self.block_size + 1]
-            self._check(self.paths[file], row)
-        ids = torch.from_numpy(ids)
+        read = np.empty((len(offsets), self.block_size + 1), dtype=self.dtype)
+        for row, file, offset in zip(read, files, offsets):
+            self.files[file].seek(self.headers[file] + offset * self.dtype.itemsize)
+            if self.files[file].readinto(row) != row.nbytes:
+                sys.exit(f"{self.paths[file]}: shorter than it was at the start; prepare the data again")
+        if read.max(initial=0) >= self.vocab_size:
+            for row, file in zip(read, files):
+                self._check(self.paths[file], row)
+        ids = torch.from_numpy(read.astype(np.int64))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous() # (B, T) each
+
+    def __del__(self):
+        for file in getattr(self, 'files', []):
+            file.close()
 
     def _check(self, path, ids):
         if ids.max() >= self.vocab_size:

@@ -84,7 +84,7 @@ def test_what_auto_chose_is_said_in_one_line_and_a_flag_wins(tiny, run_here):
     auto, = lines(run_here('train.py', *flags, '--device=auto'), 'auto: ')
     assert 'device=' in auto and 'dtype=' in auto and 'TK_kernel=' in auto and 'compile' not in auto
     auto, = lines(run_here('train.py', *flags, '--device=cpu', '--dtype=bfloat16'), 'auto: ')
-    assert auto.startswith("auto: TK_kernel=False (no kernel: ")
+    assert auto.startswith("auto: fast=False, TK_kernel=False (no kernel: ")
 
 
 def test_a_log_and_a_picture_are_there_after_each_evaluation(tiny, run_here):
@@ -464,6 +464,34 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_command_that_builds_it(rea
     assert refused.value.code.count('h100_fwd_setup.py build') == 1
 
 
+@pytest.mark.parametrize('flags', [[], ['--gradient_accumulation_steps=3', '--bias=True', '--grad_clip=0.1']])
+def test_the_fast_step_trains_as_model_py_does(flags, tiny, run_here, monkeypatch):
+    monkeypatch.setattr('configurator._why_not_fast', lambda *_: '') # it runs on a CPU too, slowly
+    found = []
+    for fast in ('True', 'False'):
+        run_here('train.py', *TINY, f'--fast={fast}', f'--out_dir=out-{fast}', *flags)
+        found.append([(row.get('loss'), row.get('val_loss')) for row in rows(f'out-{fast}')])
+    assert len(found[0]) > 5
+    for mine, theirs in zip(*found):
+        assert mine == pytest.approx(theirs, abs=2e-4)
+    assert load('out-True').keys() == load('out-False').keys()
+    one, other = (load(f'out-{fast}')['optimizer'] for fast in ('True', 'False'))
+    assert one['param_groups'] == other['param_groups'] and one['state'].keys() == other['state'].keys()
+
+
+def test_a_fast_run_goes_on_plainly_and_a_plain_one_fast(tiny, run_here, monkeypatch):
+    monkeypatch.setattr('configurator._why_not_fast', lambda *_: '')
+    ends = []
+    for first, then in (('True', 'True'), ('True', 'False'), ('False', 'True')):
+        out_dir = f'out-{first}-{then}'
+        run_here('train.py', *TINY, f'--fast={first}', '--max_iters=3', f'--out_dir={out_dir}')
+        run_here('train.py', *TINY, f'--fast={then}', '--max_iters=8', f'--out_dir={out_dir}', '--init_from=resume')
+        ends.append(load(out_dir)['model'])
+    for name, p in ends[0].items():
+        for end in ends[1:]:
+            torch.testing.assert_close(end[name], p, rtol=1e-3, atol=1e-4)
+
+
 # -----------------------------------------------------------------------------
 # on an H100
 
@@ -476,21 +504,22 @@ def test_twenty_steps_on_a_gpu_take_what_auto_chooses_and_learn(tiny):
     ran = run_script('train.py', *GPU, cwd=tiny.parents[1], timeout=300)
     assert ran.status == 0, ran.err
     auto, = lines(ran, 'auto: ')
-    assert 'device=cuda, dtype=bfloat16, compile=True' in auto
+    assert 'device=cuda, dtype=bfloat16, fast=True, compile=False' in auto
     assert len(lines(ran, 'iter ')) == 20
     evaluations = [row['train_loss'] for row in rows() if 'train_loss' in row]
     assert evaluations[-1] < evaluations[0]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('fast', [False, True])
 @pytest.mark.parametrize('kernel', [False, True])
-def test_a_resumed_run_on_a_gpu_equals_the_unbroken_one_to_the_bit(kernel, tiny, run_here, monkeypatch):
+def test_a_resumed_run_on_a_gpu_equals_the_unbroken_one_to_the_bit(kernel, fast, tiny, run_here, monkeypatch):
     from ThunderKittens.examples import attn_causal
     if kernel and attn_causal.why_unavailable():
         pytest.skip(attn_causal.why_unavailable())
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True, warn_only=True)
-    flags = [*GPU, '--compile=False', f'--TK_kernel={kernel}']
+    flags = [*GPU, '--compile=False', f'--TK_kernel={kernel}', f'--fast={fast}', '--dropout=0.1']
     try:
         run_here('train.py', *flags, '--out_dir=unbroken')
         run_here('train.py', *flags, '--out_dir=broken', '--max_iters=10')

@@ -1,0 +1,312 @@
+"""
+A GPT's training step by hand: forward, backward and AdamW on flat tensors, replayed as CUDA graphs.
+
+    from ThunderKittens.examples.gpt2_step import TrainStep, why_not
+    step = TrainStep(model, model.configure_optimizers(...), grad_clip=1.0)
+    loss = step.forward_backward(x, y)
+    step.update()
+
+The mathematics, the parameters' names and the optimiser's state are those of model.py, which is the definition:
+float32 weights, optimiser and residual stream, bfloat16 matmuls. What differs is what moves: logits never stand whole
+in memory, weights are kept in bfloat16 beside the float32 ones, gradients leave their matmul in float32 where they are
+summed, and the passes between the matmuls are one kernel each (kernels.py).
+"""
+import functools
+import importlib.util
+
+import torch
+import torch.distributed as dist
+
+from model import sdpa_attention_qkv
+from ThunderKittens.examples.attn_causal import causal_attention_qkv
+
+from . import kernels
+
+HEAD_ROWS = 16384 # rows whose logits stand in memory at a time: 1.6 GB at GPT-2's vocabulary
+RECOMPUTE_FROM_tokens = 32768 # from so many tokens on the backward computes GELU once more instead of keeping it
+
+
+def why_not(device_type, dtype):
+    """'' where the step runs, else the reason in a few words."""
+    if device_type != 'cuda':
+        return f"it runs on a CUDA device, not on {device_type}"
+    if dtype != 'bfloat16':
+        return f"it computes in bfloat16, not in {dtype}"
+    return '' if importlib.util.find_spec('triton') else "it needs Triton, which comes with torch for CUDA"
+
+
+class TrainStep:
+    """
+    model      model.GPT; its parameters become views of one flat tensor, their .grad of another
+    optimizer  torch.optim.AdamW of the model's parameters: gives learning rate, decay, betas, eps and its state, which
+               become views too, so that its state_dict() stays right. Its step() is update() here
+    grad_clip  the largest norm of the gradient, 0 for any
+    residual   dtype of the residual stream
+    half       dtype of the matmuls
+    graphs     whether work is captured the second time that a shape comes
+    """
+
+    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16,
+                 graphs=True):
+        self.config, self.optimizer, self.grad_clip = model.config, optimizer, grad_clip
+        self.residual, self.half = residual, half
+        self.attention = causal_attention_qkv if model.config.TK_kernel else sdpa_attention_qkv
+        self.device = model.lm_head.weight.device
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if graphs and self.device.type == 'cuda' else None
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._lay_out(model)
+
+    def _lay_out(self, model):
+        """Parameters, gradients, averages and bfloat16 copies, each flat; gradients are finished from the end on."""
+        L, V = self.config.n_layer, self.config.vocab_size
+        params = dict(model.named_parameters())
+        norms = [f'transformer.h.{i}.ln_{j}' for i in range(L) for j in (1, 2)] + ['transformer.ln_f']
+        names = [f'{norm}.{kind}' for kind in ('weight', 'bias') for norm in norms if f'{norm}.{kind}' in params]
+        names += [name for name, p in params.items() if p.dim() < 2 and name not in names]
+        undecayed = len(names)
+        names += ['transformer.wpe.weight', 'transformer.wte.weight']
+        names += [f'transformer.h.{i}.{name}.weight' for i in range(L)
+                  for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+        assert set(names) == set(params)
+        self.first, n = {}, 0
+        for i, name in enumerate(names):
+            if i == undecayed:
+                self.undecayed = n
+            self.first[name] = n
+            rows = -(-V // 64) * 64 if 'wte' in name else len(params[name]) # matmuls like whole tiles of vocabulary
+            n += -(-rows * params[name][0].numel() // 64) * 64
+        dtype = params[names[0]].dtype
+        self.params, self.grads, self.exp_avg, self.exp_avg_sq = \
+            (torch.zeros(n, dtype=dtype, device=self.device) for _ in range(4))
+        self.copies = torch.zeros(n, dtype=self.half, device=self.device)
+        self.steps = torch.zeros(len(names), dtype=torch.float32, device=self.device) # alike: AdamW has one for each
+
+        def view(flat, name, like):
+            return flat[self.first[name]:self.first[name] + like.numel()].view(like.shape)
+        self.w, self.g, self.half_w = {}, {}, {}
+        for i, (name, p) in enumerate(params.items()):
+            old = self.optimizer.state[p]
+            for flat, value in ((self.params, p.data), (self.exp_avg, old.get('exp_avg')),
+                                (self.exp_avg_sq, old.get('exp_avg_sq'))):
+                if value is not None:
+                    view(flat, name, p).copy_(value)
+            self.steps[i] = old.get('step', 0)
+            p.data, p.grad = view(self.params, name, p), view(self.grads, name, p)
+            self.optimizer.state[p] = {'step': self.steps[i], 'exp_avg': view(self.exp_avg, name, p),
+                                       'exp_avg_sq': view(self.exp_avg_sq, name, p)}
+            self.w[name], self.g[name], self.half_w[name] = p.data, p.grad, view(self.copies, name, p)
+        whole = torch.empty(-(-V // 64) * 64, self.config.n_embd) # wte with the rows that fill its last tile
+        self.head, self.dhead = (view(flat, 'transformer.wte.weight', whole) for flat in (self.copies, self.grads))
+        C, each = self.config.n_embd, self.first[norms[-1] + '.weight'] // (len(norms) - 1)
+        self.norm_grads = [self.grads[self.first[f'{norms[0]}.{kind}']:].as_strided((len(norms), C), (each, 1))
+                           for kind in ('weight', 'bias') if f'{norms[0]}.{kind}' in self.w]
+        self.norm_parts = [torch.zeros(len(norms), kernels.PROGRAMS, C, dtype=dtype, device=self.device)
+                           for _ in self.norm_grads]
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss, self.bad = (torch.zeros((), dtype=dtype, device=self.device) for _ in range(2))
+        if self.world_size > 1:
+            dist.broadcast(self.params, 0)
+        self.refresh()
+
+    def refresh(self):
+        """Tell the step that parameters were changed by somebody else."""
+        self.copies.copy_(self.params)
+
+    # ---- what a training loop calls -------------------------------------------------------------------------------
+
+    def forward_backward(self, x, y, share=1.0, first=True, last=True):
+        """
+        Loss and gradients of a micro-batch.
+
+        x, y     (B, T) int64, as for model.forward
+        share    of its loss in the step's
+        first    set the gradients, else add to them
+        last     sum the gradients over all processes, while the rest of the backward runs
+        returns  its mean loss, 0-d, unscaled; good until the next call
+        """
+        sums = []
+        work = functools.partial(self._forward_backward, share=share, add=not first)
+        with torch.no_grad():
+            for finished in self._play(('train', share, first), work, x, y):
+                if last and self.world_size > 1:
+                    sums.append(dist.all_reduce(finished, async_op=True))
+        for sum_ in sums:
+            sum_.wait()
+        return self.loss
+
+    def evaluate(self, x, y):
+        """The mean loss of a batch without dropout, 0-d: x, y (B, T) int64."""
+        with torch.no_grad():
+            list(self._play(('evaluate',), self._evaluate, x, y))
+        return self.loss.clone()
+
+    def update(self):
+        """Clip the gradients and step, unless one is not finite: returns 1 if so and 0 otherwise, 0-d on the device."""
+        self.lr.fill_(self.optimizer.param_groups[0]['lr'])
+        with torch.no_grad():
+            list(self._play(('update',), self._update))
+        return self.bad
+
+    def _play(self, name, work, *inputs):
+        """
+        Run the generator work(*inputs) and pass on what it yields. The first time that such inputs come it runs as it
+        is, which compiles what is not compiled yet; the second time each piece between two yields becomes a CUDA graph.
+        """
+        key = name + tuple(x.shape for x in inputs)
+        if self.pool is None or key not in self.graphs:
+            pieces = 0
+            for yielded in work(*inputs):
+                pieces += 1
+                yield yielded
+            self.graphs[key] = pieces
+            return
+        if isinstance(self.graphs[key], int):
+            mine, running, pieces = [x.clone() for x in inputs], None, []
+            for _ in range(self.graphs[key]):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    running = running or work(*mine)
+                    pieces.append((graph, next(running)))
+            self.graphs[key] = mine, pieces
+        mine, pieces = self.graphs[key]
+        for static, x in zip(mine, inputs):
+            static.copy_(x, non_blocking=True)
+        for graph, yielded in pieces:
+            graph.replay()
+            yield yielded
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def _linear(self, x, name):
+        """x (M, in) times a weight (out, in), and its bias if it has one."""
+        w, b = self.half_w[f'{name}.weight'], self.half_w.get(f'{name}.bias')
+        return x @ w.t() if b is None else torch.addmm(b, x, w.t())
+
+    def _add_norm(self, stream, branch, norm, seed, p):
+        weight, bias = self.w[f'{norm}.weight'], self.w.get(f'{norm}.bias')
+        return kernels.add_norm(stream, branch, weight, bias, seed, p, self.half)
+
+    def _forward(self, x, p, keep):
+        """What the head reads, (B T, C), and with `keep` what the backward needs."""
+        B, T = x.shape
+        L, tanh = self.config.n_layer, self.config.gelu == 'tanh'
+        # a seed for the embeddings and each branch, drawn on the device so that a graph draws anew
+        seeds = torch.randint(2**62, (2 * L + 1, 1), device=self.device) if p else [x.new_empty(1)] * (2 * L + 1)
+        stream = kernels.embed(x, self.w['transformer.wte.weight'], self.w['transformer.wpe.weight'], seeds[0], p,
+                               self.residual)
+        branch, layers = None, []
+        for i in range(L):
+            block, k = f'transformer.h.{i}', {}
+            stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_1', seeds[2 * i], p)
+            k.update(x1=stream, h1=h, stats1=stats)
+            qkv = self._linear(h, f'{block}.attn.c_attn').view(B, T, -1).requires_grad_(keep)
+            with torch.set_grad_enabled(keep):
+                y = self.attention(qkv, self.config.n_head, p) # (B, T, C)
+            k.update(qkv=qkv, y=y)
+            branch = self._linear(y.detach().view(B * T, -1), f'{block}.attn.c_proj')
+            stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
+            before = self._linear(h, f'{block}.mlp.c_fc') # (B T, 4C)
+            act = kernels.gelu(before, tanh)
+            k.update(x2=stream, h2=h, stats2=stats, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
+            branch = self._linear(act, f'{block}.mlp.c_proj')
+            layers += [k] if keep else []
+        stream, h, stats = self._add_norm(stream, branch, 'transformer.ln_f', seeds[2 * L], p)
+        return h, (seeds, layers, stream, stats)
+
+    def _head(self, h, targets, share=None, add=False):
+        """
+        The mean loss, into self.loss; with `share` also h's gradient, returned, and the head's weight's: HEAD_ROWS rows
+        at a time, their logits changed in place to the gradient of the logits.
+        """
+        targets = targets.reshape(-1)
+        losses = torch.empty(len(h), dtype=self.loss.dtype, device=h.device)
+        one = 1 / (targets != -1).sum().to(losses.dtype)
+        dh = None if share is None else torch.empty_like(h)
+        for i in range(0, len(h), HEAD_ROWS):
+            rows = slice(i, i + HEAD_ROWS)
+            logits = h[rows] @ self.head.t() # (rows, V)
+            kernels.cross_entropy_(logits, targets[rows], losses[rows], one * (share or 0.0), self.config.vocab_size,
+                                   share is not None)
+            if share is not None:
+                torch.mm(logits, self.head, out=dh[rows])
+                self._weight_grad(self.dhead, logits, h[rows], add or i > 0)
+        self.loss.copy_(losses.sum() * one)
+        return dh
+
+    def _evaluate(self, x, y):
+        self._head(self._forward(x, 0.0, keep=False)[0], y)
+        yield None
+
+    # ---- backward -------------------------------------------------------------------------------------------------
+
+    def _weight_grad(self, grad, dy, x, add):
+        """grad (out, in), float32: dy (M, out)^T x (M, in), added to what is there with `add`."""
+        wider = {} if grad.dtype == x.dtype else dict(out_dtype=grad.dtype)
+        if add:
+            torch.addmm(grad, dy.t(), x, out=grad, **wider)
+        else:
+            torch.mm(dy.t(), x, out=grad, **wider)
+
+    def _weight_grads(self, name, dy, x, add):
+        """The gradients of a _linear's weight and bias: dy (M, out), x (M, in)."""
+        self._weight_grad(self.g[f'{name}.weight'], dy, x, add)
+        if f'{name}.bias' in self.g:
+            grad = self.g[f'{name}.bias']
+            grad.copy_(dy.sum(0, dtype=grad.dtype) + (grad if add else 0))
+
+    def _norm_backward(self, n, norm, dh, x, stats, dx, seed, p):
+        parts = [part[n] for part in self.norm_parts] + [None]
+        return kernels.norm_backward(dh, x, stats, self.w[f'{norm}.weight'], dx, seed, p, *parts[:2])
+
+    def _forward_backward(self, x, y, share, add):
+        """Yields the parts of self.grads as they are finished, the last layers' first."""
+        p, L, tanh = self.config.dropout, self.config.n_layer, self.config.gelu == 'tanh'
+        h, (seeds, layers, stream, stats) = self._forward(x, p, keep=True)
+        dh = self._head(h, y, share, add)
+        # dx: the gradient of the residual stream, d: of the branch that was added to it
+        dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, stream, stats, None, seeds[2 * L], p)
+        del h, dh, stream, stats
+        end = len(self.grads)
+        for i in reversed(range(L)):
+            block, k = f'transformer.h.{i}', layers.pop()
+            again = torch.empty_like(k['before']) if k['act'] is None else None
+            dact = d @ self.half_w[f'{block}.mlp.c_proj.weight'] # (B T, 4C)
+            dbefore = kernels.gelu_backward(k['before'], dact, tanh, again)
+            self._weight_grads(f'{block}.mlp.c_proj', d, k['act'] if again is None else again, add)
+            self._weight_grads(f'{block}.mlp.c_fc', dbefore, k['h2'], add)
+            dh = dbefore @ self.half_w[f'{block}.mlp.c_fc.weight']
+            del again, dact, dbefore
+            dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['x2'], k['stats2'], dx, seeds[2 * i + 1], p)
+            self._weight_grads(f'{block}.attn.c_proj', d, k['y'].detach().view(len(d), -1), add)
+            dy = d @ self.half_w[f'{block}.attn.c_proj.weight']
+            dqkv, = torch.autograd.grad(k['y'], k['qkv'], dy.view(k['y'].shape))
+            dqkv = dqkv.view(len(d), -1)
+            self._weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'], add)
+            dh = dqkv @ self.half_w[f'{block}.attn.c_attn.weight']
+            dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['x1'], k['stats1'], dx, seeds[2 * i], p)
+            if self.world_size > 1 and i in (L // 2, 0): # a piece of its own only where somebody waits for it
+                start = self.first[f'{block}.attn.c_attn.weight']
+                yield self.grads[start:end]
+                end = start
+        kernels.embed_backward(dx, x, seeds[0], p, self.dhead, self.g['transformer.wpe.weight'], add)
+        for grad, parts in zip(self.norm_grads, self.norm_parts):
+            grad.copy_(parts.sum(1) + (grad if add else 0))
+        self.grads[0] += 0 * self.loss # a loss that is not finite makes a gradient so, on every process
+        yield self.grads[:end]
+
+    # ---- AdamW ----------------------------------------------------------------------------------------------------
+
+    def _update(self):
+        group = self.optimizer.param_groups[0]
+        (beta1, beta2), eps = group['betas'], group['eps']
+        norm = kernels.sum_of_squares(self.grads).sqrt()
+        good = norm.isfinite()
+        self.steps += good
+        t = self.steps[0].double()
+        factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1) if self.grad_clip else torch.ones_like(norm)
+        decay = torch.full_like(t, group['weight_decay'])
+        hyper = torch.stack([self.lr, decay, factor.double(), 1 - beta1 ** t, 1 - beta2 ** t, good.double()])
+        kernels.adamw_(self.params, self.copies, self.grads, self.exp_avg, self.exp_avg_sq, hyper.to(self.params.dtype),
+                       beta1, beta2, eps, self.undecayed)
+        self.bad.copy_(~good)
+        yield None

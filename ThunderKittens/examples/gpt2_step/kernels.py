@@ -1,0 +1,386 @@
+"""
+The passes over memory between a GPT's matmuls, each in one kernel and, beside it, in plain torch.
+
+Every function runs its Triton kernel on a CUDA device and its plain definition elsewhere, in any float dtype.
+M rows (tokens), C channels, V vocabulary. `seed` is a device tensor of one int64; a mask depends on seed and place.
+"""
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError: # comes with torch for CUDA; the plain definitions need none
+    triton = None
+
+EPS = 1e-5 # of LayerNorm
+PROGRAMS = 264 # of a kernel that sums over rows: two for each of an H100's 132 SMs
+
+
+def _block(n):
+    """The smallest power of two that holds n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _warps(values):
+    """So many that no value of a tile is held by two threads: a kernel that writes over what it reads relies on it."""
+    return max(1, min(8, values // 32))
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------------
+
+def keep_mask(seed, shape, p):
+    """1 / (1 - p) where a value is kept, 0 where it is dropped: what the functions below apply to a (M, C) `shape`."""
+    mask = torch.empty(shape, dtype=torch.float32, device=seed.device)
+    if seed.is_cuda:
+        M, C = shape
+        _keep_mask[(M,)](mask, seed, C, p, _block(C))
+        return mask
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(int(seed)))
+    return mask.copy_((drawn >= p) / (1 - p))
+
+
+# ---- embeddings --------------------------------------------------------------------------------------------------
+
+def embed(ids, wte, wpe, seed, p, dtype):
+    """wte[ids] + wpe, dropped out: ids (B, T) int64, wte (V, C), wpe (block_size, C) -> (B T, C) of `dtype`."""
+    B, T = ids.shape
+    C = wte.size(1)
+    if not ids.is_cuda:
+        x = (wte[ids] + wpe[:T]).view(B * T, C).to(dtype)
+        return x * keep_mask(seed, x.shape, p).to(dtype) if p else x
+    x = torch.empty(B * T, C, dtype=dtype, device=ids.device)
+    _embed[(B * T,)](ids, wte, wpe, x, seed, T, C, p, _block(C), p > 0)
+    return x
+
+
+def embed_backward(dx, ids, seed, p, dwte, dwpe, add):
+    """dx (B T, C) into dwte (V, C), which is added to, and dwpe (block_size, C): set, or added to with `add`."""
+    B, T = ids.shape
+    if p:
+        dx = dx * keep_mask(seed, dx.shape, p).to(dx.dtype)
+    if dx.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        _scatter_rows[(B * T,)](dx, ids, dwte, dx.size(1), _block(dx.size(1)))
+    else:
+        dwte += torch.ops.aten.embedding_dense_backward(dx.to(dwte.dtype), ids.view(-1), len(dwte), -1, False)
+    by_place = dx.view(B, T, -1).sum(0, dtype=dwpe.dtype)
+    if add:
+        dwpe[:T] += by_place
+    else:
+        dwpe[:T] = by_place
+        dwpe[T:] = 0
+
+
+# ---- residual stream and LayerNorm -------------------------------------------------------------------------------
+
+def add_norm(x, branch, weight, bias, seed, p, half):
+    """
+    The residual stream after a branch, and its LayerNorm.
+
+    x        (M, C), the stream before
+    branch   (M, C) or None, dropped out with probability p and added
+    returns  (the stream after, (M, C) of x's dtype, x itself without a branch; its LayerNorm, (M, C) of dtype `half`;
+             mean and 1 / standard deviation, (M, 2) float32 or wider)
+    """
+    M, C = x.shape
+    if x.is_cuda:
+        after = x if branch is None else torch.empty_like(x)
+        h = torch.empty(M, C, dtype=half, device=x.device)
+        stats = torch.empty(M, 2, dtype=torch.float32, device=x.device)
+        rows = 4 if C <= 1024 else 2
+        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, p, EPS, rows, _block(C),
+                                    branch is not None, bias is not None, p > 0, num_warps=_warps(rows * _block(C)))
+        return after, h, stats
+    if branch is not None:
+        x = x + (branch * keep_mask(seed, x.shape, p) if p else branch).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    var, mean = torch.var_mean(x.to(wide), dim=1, keepdim=True, correction=0)
+    stats = torch.cat((mean, (var + EPS).rsqrt()), dim=1)
+    return x, F.layer_norm(x.to(wide), (C,), weight, bias, EPS).to(half), stats
+
+
+def norm_backward(dh, x, stats, weight, dx, seed, p, dweight, dbias):
+    """
+    The gradient of the residual stream through add_norm.
+
+    dh       (M, C), of the LayerNorm's output
+    dx       (M, C) or None, of the stream after; changed in place
+    dweight  (PROGRAMS, C), takes parts whose sum over the first axis is the weight's gradient; dbias likewise or None
+    returns  (dx, of x's dtype; the gradient of the branch, (M, C) of dh's dtype)
+    """
+    M, C = x.shape
+    if x.is_cuda:
+        out, dbranch = torch.empty_like(x) if dx is None else dx, torch.empty_like(dh)
+        rows = 4 if C <= 1024 else 2
+        _norm_backward[(PROGRAMS,)](dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, p, rows,
+                                    _block(C), dx is not None, dbias is not None, p > 0,
+                                    num_warps=_warps(rows * _block(C)))
+        return out, dbranch
+    mean, rstd = stats[:, :1], stats[:, 1:]
+    normed, dnormed = (x - mean) * rstd, dh.to(stats.dtype) * weight
+    dweight.zero_()[0] = (dh * normed).sum(0)
+    if dbias is not None:
+        dbias.zero_()[0] = dh.to(stats.dtype).sum(0)
+    through = rstd * (dnormed - dnormed.mean(1, keepdim=True) - normed * (dnormed * normed).mean(1, keepdim=True))
+    dx = through.to(x.dtype) if dx is None else dx.add_(through)
+    return dx, (dx * keep_mask(seed, dx.shape, p) if p else dx).to(dh.dtype)
+
+
+# ---- GELU --------------------------------------------------------------------------------------------------------
+
+def gelu(x, tanh):
+    """GELU of x, any shape; exact, or with `tanh` in GPT-2's approximation."""
+    if not x.is_cuda:
+        return F.gelu(x, approximate='tanh' if tanh else 'none')
+    y = torch.empty_like(x)
+    _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), tanh, 2048, num_warps=8)
+    return y
+
+
+def gelu_backward(x, dy, tanh, again=None):
+    """dy times GELU's derivative at x, written over dy; `again` takes GELU of x once more."""
+    if x.is_cuda:
+        n = x.numel()
+        _gelu_backward[(triton.cdiv(n, 2048),)](x, dy, again, n, tanh, again is not None, 2048, num_warps=8)
+        return dy
+    if again is not None:
+        again.copy_(gelu(x, tanh))
+    return dy.copy_(torch.ops.aten.gelu_backward(dy, x, approximate='tanh' if tanh else 'none'))
+
+
+# ---- cross-entropy -----------------------------------------------------------------------------------------------
+
+def cross_entropy_(logits, targets, losses, scale, n_tokens, gradient):
+    """
+    The loss of each row, and over the logits their gradient.
+
+    logits    (M, V or more), columns from n_tokens on are no tokens; with `gradient` changed to
+              scale * (softmax - target)
+    targets   (M) int64; rows with -1 have loss and gradient 0
+    losses    (M) float32 or wider, takes the losses in nats
+    scale     0-d tensor
+    """
+    M, width = logits.shape
+    if logits.is_cuda:
+        lanes = min(4096, _block(width))
+        _cross_entropy[(M,)](logits, targets, losses, scale, n_tokens, width, 2, lanes, gradient,
+                             num_warps=max(1, min(16, lanes // 128)))
+        return
+    wide = logits[:, :n_tokens].to(losses.dtype)
+    losses.copy_(F.cross_entropy(wide, targets, ignore_index=-1, reduction='none'))
+    if gradient:
+        d = wide.softmax(1)
+        d[torch.arange(M), targets.clamp(min=0)] -= 1
+        logits.zero_()[:, :n_tokens] = d * (targets != -1)[:, None] * scale
+
+
+# ---- optimiser ---------------------------------------------------------------------------------------------------
+
+def sum_of_squares(x):
+    """The sum of the squares of x, (n), as a 0-d tensor; the same bits every time."""
+    if not x.is_cuda:
+        return x.square().sum()
+    parts = torch.empty(4 * PROGRAMS, dtype=torch.float32, device=x.device)
+    _sum_of_squares[(4 * PROGRAMS,)](x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
+    return parts.sum()
+
+
+def adamw_(p, half, grad, exp_avg, exp_avg_sq, hyper, beta1, beta2, eps, undecayed):
+    """
+    A step of AdamW, arXiv:1711.05101, on flat tensors (n) in place; half, bfloat16, takes a copy of p.
+
+    hyper      (6): learning rate, weight decay, a factor of the gradient, 1 - beta1^t, 1 - beta2^t,
+               and whether to step at all, 1 or 0
+    undecayed  the first so many are not decayed
+    """
+    if p.is_cuda:
+        _adamw[(triton.cdiv(p.numel(), 2048),)](p, half, grad, exp_avg, exp_avg_sq, hyper, p.numel(), undecayed, beta1,
+                                                beta2, eps, 2048, num_warps=8)
+        return
+    lr, decay, factor, correction1, correction2, go = hyper.tolist()
+    if not go:
+        return
+    p[undecayed:] *= 1 - lr * decay
+    grad = grad * factor
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    p.addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(correction2 ** 0.5).add_(eps), value=-lr / correction1)
+    half.copy_(p)
+
+
+if triton:
+    @triton.jit
+    def _kept(seed, offsets, p):
+        """1 / (1 - p) or 0 at each offset."""
+        return tl.where(tl.rand(tl.load(seed), offsets) >= p, 1 / (1 - p), 0.0)
+
+    @triton.jit
+    def _keep_mask(mask, seed, C, p, BLOCK: tl.constexpr):
+        c = tl.arange(0, BLOCK)
+        at = tl.program_id(0) * C + c
+        tl.store(mask + at, _kept(seed, at, p), mask=c < C)
+
+    @triton.jit
+    def _embed(ids, wte, wpe, x, seed, T, C, p, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
+        row, c = tl.program_id(0), tl.arange(0, BLOCK)
+        token = tl.load(ids + row)
+        value = tl.load(wte + token * C + c, mask=c < C) + tl.load(wpe + (row % T) * C + c, mask=c < C)
+        at = row * C + c
+        if DROPOUT:
+            value *= _kept(seed, at, p)
+        tl.store(x + at, value, mask=c < C)
+
+    @triton.jit
+    def _scatter_rows(dx, ids, dwte, C, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.arange(0, BLOCK)
+        token = tl.load(ids + row)
+        tl.atomic_add(dwte + token * C + c, tl.load(dx + row * C + c, mask=c < C).to(tl.float32), mask=c < C,
+                      sem='relaxed')
+
+    @triton.jit
+    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, p, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                  BRANCH: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+        c = tl.arange(0, BLOCK)[None, :]
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row * C + c, (row < M) & (c < C)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if BRANCH:
+            more = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            if DROPOUT:
+                more *= _kept(seed, at, p)
+            value += more
+            tl.store(after + at, value, mask=inside)
+        mean = tl.sum(value, 1, keep_dims=True) / C
+        off = tl.where(c < C, value - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(off * off, 1, keep_dims=True) / C + eps)
+        out = off * rstd * tl.load(weight + c, mask=c < C)
+        if BIAS:
+            out += tl.load(bias + c, mask=c < C)
+        tl.store(h + at, out, mask=inside)
+        tl.store(stats + row * 2, mean, mask=row < M)
+        tl.store(stats + row * 2 + 1, rstd, mask=row < M)
+
+    @triton.jit
+    def _norm_backward(dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, p, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr, DX: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+        c = tl.arange(0, BLOCK)[None, :]
+        w = tl.load(weight + c, mask=c < C, other=0.0)
+        sum_w = tl.zeros((ROWS, BLOCK), tl.float32)
+        sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+            row = first + tl.arange(0, ROWS)[:, None]
+            at, inside = row * C + c, (row < M) & (c < C)
+            g = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            if DX:
+                stream = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
+            mean = tl.load(stats + row * 2, mask=row < M, other=0.0)
+            rstd = tl.load(stats + row * 2 + 1, mask=row < M, other=0.0)
+            normed = tl.where(inside, (value - mean) * rstd, 0.0)
+            sum_w += g * normed
+            if BIAS:
+                sum_b += g
+            g *= w
+            through = rstd * (g - tl.sum(g, 1, keep_dims=True) / C
+                              - normed * (tl.sum(g * normed, 1, keep_dims=True) / C))
+            if DX:
+                through += stream
+            tl.store(out + at, through, mask=inside)
+            if DROPOUT:
+                through *= _kept(seed, at, p)
+            tl.store(dbranch + at, through, mask=inside)
+        columns = tl.arange(0, BLOCK)
+        part = tl.program_id(0) * C + columns
+        tl.store(dweight + part, tl.sum(sum_w, 0), mask=columns < C)
+        if BIAS:
+            tl.store(dbias + part, tl.sum(sum_b, 0), mask=columns < C)
+
+    @triton.jit
+    def _normal(x, TANH: tl.constexpr):
+        """GELU is x times the first; its derivative is the first plus x times the second."""
+        if TANH:
+            inner = 0.7978845608028654 * x * (1 + 0.044715 * x * x)
+            below = 1 / (1 + tl.exp(-2 * inner)) # (1 + tanh) / 2
+            slope = 2 * below * (1 - below) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        else:
+            below = 0.5 * (1 + tl.erf(0.7071067811865476 * x))
+            slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return below, slope
+
+    @triton.jit
+    def _gelu(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+        below, _ = _normal(value, TANH)
+        tl.store(y + at, value * below, mask=at < n)
+
+    @triton.jit
+    def _gelu_backward(x, dy, again, n, TANH: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+        g = tl.load(dy + at, mask=at < n, other=0.0).to(tl.float32)
+        below, slope = _normal(value, TANH)
+        tl.store(dy + at, g * (below + value * slope), mask=at < n)
+        if AGAIN:
+            tl.store(again + at, value * below, mask=at < n)
+
+    @triton.jit
+    def _cross_entropy(logits, targets, losses, scale, V, width, ROWS: tl.constexpr, LANES: tl.constexpr,
+                       GRADIENT: tl.constexpr):
+        row = tl.program_id(0)
+        logits += row.to(tl.int64) * width
+        target = tl.load(targets + row)
+        counts = target != -1
+        right = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        log2e: tl.constexpr = 1.4426950408889634 # powers of two are what the hardware has
+        top = tl.full((LANES,), -1e30, tl.float32) # each lane has its own maximum and sum
+        total = tl.zeros((LANES,), tl.float32)
+        for first in range(0, V, ROWS * LANES): # what is read here is read again below: keep it in L2
+            c = first + tile
+            l = tl.load(logits + c, mask=c < V, other=-float('inf'), eviction_policy='evict_last').to(tl.float32)
+            l *= log2e
+            higher = tl.maximum(top, tl.max(l, 0))
+            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(l - higher[None, :]), 0)
+            top = higher
+        highest = tl.max(top, 0)
+        lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+        tl.store(losses + row, tl.where(counts, lse / log2e - right, 0.0))
+        if GRADIENT:
+            factor = tl.where(counts, tl.load(scale), 0.0)
+            tl.debug_barrier() # the target's logit has been read before it is written over
+            for first in range(0, width, ROWS * LANES):
+                c = first + tile
+                l = tl.load(logits + c, mask=c < V, other=-float('inf'), eviction_policy='evict_first').to(tl.float32)
+                d = (tl.exp2(l * log2e - lse) - tl.where(c == target, 1.0, 0.0)) * factor
+                tl.store(logits + c, d, mask=c < width, eviction_policy='evict_first')
+
+    @triton.jit
+    def _sum_of_squares(x, parts, n, programs, BLOCK: tl.constexpr):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, programs * BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            value = tl.load(x + at, mask=at < n, other=0.0)
+            total += value * value
+        tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+
+    @triton.jit
+    def _adamw(p, half, grad, exp_avg, exp_avg_sq, hyper, n, undecayed, beta1, beta2, eps, BLOCK: tl.constexpr):
+        if tl.load(hyper + 5) == 0:
+            return
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < n
+        lr, decay = tl.load(hyper), tl.load(hyper + 1)
+        g = tl.load(grad + at, mask=inside) * tl.load(hyper + 2)
+        value = tl.load(p + at, mask=inside)
+        m = tl.load(exp_avg + at, mask=inside)
+        v = tl.load(exp_avg_sq + at, mask=inside)
+        value *= tl.where(at < undecayed, 1.0, 1 - lr * decay)
+        m += (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        size = lr / tl.load(hyper + 3)
+        value -= size * m / (tl.sqrt(v) / tl.sqrt(tl.load(hyper + 4)) + eps)
+        tl.store(p + at, value, mask=inside)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        tl.store(half + at, value, mask=inside)

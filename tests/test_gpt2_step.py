@@ -1,0 +1,393 @@
+"""The training step by hand is model.py's under autograd: on a CPU exactly, on an H100 within bfloat16."""
+import copy
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from ThunderKittens.examples.gpt2_step import TrainStep, kernels, why_not
+
+on_gpu = pytest.mark.gpu
+SHAPES = [dict(bias=False, gelu='none', vocab_size=65), dict(bias=True, gelu='tanh', vocab_size=65),
+          dict(bias=True, gelu='none', vocab_size=128)]
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+def adamw(model):
+    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+
+
+def pair(**kw):
+    """A model, the same once more, and its step by hand: in float64 on the CPU."""
+    torch.manual_seed(1)
+    plain = GPT(GPTConfig(**{**dict(block_size=16, n_layer=3, n_head=2, n_embd=32), **kw}))
+    with torch.no_grad():
+        for p in plain.parameters():
+            if p.dim() < 2: # ones and zeros would hide much
+                p += 0.1 * torch.randn_like(p)
+    model = copy.deepcopy(plain)
+    step = TrainStep(model, adamw(model), grad_clip=0.5, residual=torch.float64, half=torch.float64)
+    return plain, model, step
+
+
+def batch(V, B=3, T=13):
+    x, y = torch.randint(V, (B, T)), torch.randint(V, (B, T))
+    y[0, :4] = -1
+    return x, y
+
+
+def off(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize('kw', SHAPES, ids=['plain', 'biases_tanh', 'biases'])
+def test_loss_gradients_and_weights_are_autograds_and_adamws(kw, double):
+    plain, model, step = pair(**kw)
+    optimizer = adamw(plain)
+    for _ in range(3):
+        for micro_step in range(2):
+            x, y = batch(kw['vocab_size'])
+            loss = plain(x, y)[1]
+            (loss / 2).backward()
+            mine = step.forward_backward(x, y, share=0.5, first=micro_step == 0, last=micro_step == 1)
+            assert mine.item() == pytest.approx(loss.item(), rel=1e-12)
+        for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+            assert off(q.grad, p.grad) < 1e-10, name
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert step.update().item() == 0
+        for (name, p), q in zip(plain.named_parameters(), model.named_parameters()):
+            assert off(q[1], p) < 1e-10, name
+        assert step.evaluate(x, y).item() == pytest.approx(plain(x, y)[1].item(), rel=1e-10)
+
+
+def test_a_gradient_within_the_norm_is_not_clipped_and_0_clips_nothing(double):
+    for grad_clip in (0.0, 1e9):
+        plain, model, step = pair(vocab_size=64)
+        step.grad_clip = grad_clip
+        x, y = batch(64)
+        optimizer = adamw(plain)
+        plain(x, y)[1].backward()
+        optimizer.step()
+        step.forward_backward(x, y)
+        step.update()
+        assert all(off(q, p) < 1e-9 for p, q in zip(plain.parameters(), model.parameters()))
+
+
+def test_the_gradient_with_dropout_is_the_slope_of_the_loss_under_the_same_masks(double):
+    _, model, step = pair(vocab_size=65, dropout=0.3, bias=True)
+    x, y = batch(65)
+
+    def loss():
+        torch.manual_seed(7)
+        step.refresh()
+        return step.forward_backward(x, y).item()
+    first, gradient = loss(), None
+    gradient = step.grads.clone()
+    torch.manual_seed(8)
+    assert step.forward_backward(x, y).item() != first, "other random numbers, other masks"
+    for name, p in model.named_parameters():
+        way, at = torch.randn_like(p), p.detach().clone()
+        slope = []
+        for size in (1e-6, -1e-6):
+            p.data.copy_(at + size * way)
+            slope.append(loss())
+        p.data.copy_(at)
+        start = step.first[name]
+        expected = (gradient[start:start + p.numel()].view_as(p) * way).sum().item()
+        assert (slope[0] - slope[1]) / 2e-6 == pytest.approx(expected, rel=1e-4, abs=1e-8), name
+    assert step.evaluate(x, y) == step.evaluate(x, y), "no dropout there"
+
+
+def test_the_optimizers_state_goes_to_plain_adamw_and_back(double):
+    plain, model, step = pair(vocab_size=65)
+    x, y = batch(65)
+    for _ in range(2):
+        step.forward_backward(x, y)
+        step.update()
+    saved = copy.deepcopy(step.optimizer.state_dict())
+    plain.load_state_dict(model.state_dict())
+    optimizer = adamw(plain)
+    optimizer.load_state_dict(saved)
+    again = copy.deepcopy(plain)
+    other = adamw(again)
+    other.load_state_dict(saved)
+    resumed = TrainStep(again, other, grad_clip=0.5, residual=torch.float64, half=torch.float64)
+    plain(x, y)[1].backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    optimizer.step()
+    for this in (step, resumed):
+        this.forward_backward(x, y)
+        this.update()
+    for p, q, r in zip(plain.parameters(), model.parameters(), again.parameters()):
+        assert off(q, p) < 1e-9 and torch.equal(q, r)
+    assert {state['step'].item() for state in optimizer.state.values()} == {3}
+    assert len({state['step'].data_ptr() for state in step.optimizer.state.values()}) == len(list(model.parameters()))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(double):
+    _, model, step = pair(vocab_size=65)
+    x, y = batch(65)
+    step.forward_backward(x, y)
+    step.update()
+    before = copy.deepcopy((model.state_dict(), step.optimizer.state_dict()['state']))
+    for spoil in (float('nan'), float('inf')):
+        step.forward_backward(x, y)
+        step.grads[-1] = spoil
+        assert step.update().item() == 1
+        after = model.state_dict(), step.optimizer.state_dict()['state']
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    step.forward_backward(x, y)
+    assert step.update().item() == 0 and not torch.equal(model.lm_head.weight, before[0]['lm_head.weight'])
+
+
+def test_a_loss_that_is_not_finite_spoils_the_gradient_on_purpose(double, monkeypatch):
+    """So that all processes, which share gradients and not losses, skip the same step."""
+    _, _, step = pair(vocab_size=65)
+    x, y = batch(65)
+    real = kernels.cross_entropy_
+
+    def endless(logits, targets, losses, *rest):
+        real(logits, targets, losses, *rest)
+        losses[3] = math.inf
+    monkeypatch.setattr(kernels, 'cross_entropy_', endless)
+    step.forward_backward(x, y)
+    assert step.update().item() == 1
+
+
+def test_where_it_cannot_run_it_says_why():
+    assert why_not('cpu', 'bfloat16') == "it runs on a CUDA device, not on cpu"
+    assert why_not('cuda', 'float16') == "it computes in bfloat16, not in float16"
+
+
+# -----------------------------------------------------------------------------
+# on an H100
+
+@pytest.fixture
+def cuda():
+    torch.manual_seed(3)
+    return torch.device('cuda')
+
+
+def near(got, want, allowed):
+    """The kernel's result beside the plain definition's in float64, on the CPU."""
+    assert off(got.cpu(), want) < allowed
+
+
+BF16 = 2.4e-3 # of a bfloat16 result: rounding alone is 1.7e-3
+
+
+@on_gpu
+@pytest.mark.parametrize('M, C', [(1037, 768), (5, 384), (130, 1600), (7, 40)])
+@pytest.mark.parametrize('p', [0.0, 0.3])
+@pytest.mark.parametrize('bias', [False, True])
+def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
+    x, dx, branch = (torch.randn(M, C, device=cuda) for _ in range(3))
+    branch = branch.bfloat16()
+    weight, b = torch.randn(C, device=cuda), torch.randn(C, device=cuda) if bias else None
+    seed, dh = torch.tensor([12345], device=cuda), torch.randn(M, C, device=cuda).bfloat16()
+    mask = kernels.keep_mask(seed, (M, C), p) if p else torch.ones(M, C, device=cuda)
+
+    def wide(t):
+        return None if t is None else t.double().cpu()
+    for some in (branch, None):
+        dropped = None if some is None else wide(some) * wide(mask)
+        want = kernels.add_norm(wide(x), dropped, wide(weight), wide(b), None, 0.0, torch.float64)
+        got = kernels.add_norm(x, some, weight, b, seed, p, torch.bfloat16)
+        for g, w, allowed in zip(got, want, (1e-6, BF16, 1e-5)):
+            near(g, w, allowed)
+    after, _, stats = kernels.add_norm(x, branch, weight, b, seed, p, torch.bfloat16)
+    for given in (dx, None):
+        parts = [torch.full((kernels.PROGRAMS, C), math.nan, device=cuda) for _ in range(2)]
+        exact = [torch.empty(kernels.PROGRAMS, C, dtype=torch.float64) for _ in range(2)]
+        mine = None if given is None else given.clone()
+        got = kernels.norm_backward(dh, after, stats, weight, mine, seed, p, parts[0], parts[1] if bias else None)
+        want = kernels.norm_backward(wide(dh), wide(after), wide(stats), wide(weight), wide(given), None, 0.0,
+                                     exact[0], exact[1] if bias else None)
+        near(got[0], want[0], 1e-5)
+        near(got[1], want[0] * wide(mask), BF16)
+        near(parts[0].sum(0), exact[0].sum(0), 1e-5)
+        if bias:
+            near(parts[1].sum(0), exact[1].sum(0), 1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize('tanh', [False, True])
+def test_the_gelu_kernels_are_their_definitions(tanh, cuda):
+    x, dy = (4 * torch.randn(1001, 77, device=cuda)).bfloat16(), torch.randn(1001, 77, device=cuda).bfloat16()
+    near(kernels.gelu(x, tanh), kernels.gelu(x.double().cpu(), tanh), BF16)
+    again = torch.full_like(x, math.nan)
+    want = kernels.gelu_backward(x.double().cpu(), dy.double().cpu(), tanh)
+    near(kernels.gelu_backward(x, dy.clone(), tanh, again), want, BF16)
+    assert torch.equal(again, kernels.gelu(x, tanh))
+
+
+@on_gpu
+@pytest.mark.parametrize('V, width', [(65, 128), (50257, 50304), (128, 128), (4097, 4160)])
+def test_the_cross_entropy_kernel_is_its_definition(V, width, cuda):
+    logits, targets = (3 * torch.randn(301, width, device=cuda)).bfloat16(), torch.randint(V, (301,), device=cuda)
+    targets[::7] = -1
+    logits[:, V:] = 50 # no token's
+    scale = torch.tensor(0.25, device=cuda)
+    got, want = logits.clone(), logits.double().cpu()
+    losses, exact = torch.full((301,), math.nan, device=cuda), torch.empty(301, dtype=torch.float64)
+    kernels.cross_entropy_(got, targets, losses, scale, V, False)
+    assert torch.equal(got, logits), "without the gradient nothing is written"
+    near(losses, torch.nn.functional.cross_entropy(want[:, :V], targets.cpu(), ignore_index=-1, reduction='none'), 1e-5)
+    kernels.cross_entropy_(got, targets, losses, scale, V, True)
+    kernels.cross_entropy_(want, targets.cpu(), exact, scale.double().cpu(), V, True)
+    near(losses, exact, 1e-5)
+    near(got, want, BF16)
+    assert (got[::7] == 0).all() and (got[:, V:] == 0).all()
+    logits[5, 3] = math.nan
+    kernels.cross_entropy_(logits, targets, losses, scale, V, True)
+    assert losses[5].isnan() and losses.isnan().sum() == 1
+
+
+@on_gpu
+def test_the_optimiser_kernels_are_their_definitions(cuda):
+    n = 100_003
+    flat = [torch.randn(n, device=cuda) for _ in range(3)] + [torch.rand(n, device=cuda)]
+    for go in (1.0, 0.0):
+        hyper = torch.tensor([1e-2, 0.1, 0.5, 0.1, 0.05, go], device=cuda)
+        got, half = [t.clone() for t in flat], torch.zeros(n, device=cuda, dtype=torch.bfloat16)
+        want, exact = [t.double().cpu() for t in flat], torch.zeros(n, dtype=torch.float64)
+        kernels.adamw_(got[0], half, *got[1:], hyper, 0.9, 0.95, 1e-8, 1000)
+        kernels.adamw_(want[0], exact, *want[1:], hyper.double().cpu(), 0.9, 0.95, 1e-8, 1000)
+        for g, w in zip(got, want):
+            near(g, w, 1e-6)
+        assert torch.equal(half, got[0].bfloat16() * go)
+    assert kernels.sum_of_squares(flat[0]).item() == pytest.approx(flat[0].double().square().sum().item(), rel=1e-5)
+
+
+@on_gpu
+def test_a_mask_keeps_the_right_share_and_depends_on_the_seed(cuda):
+    masks = [kernels.keep_mask(torch.tensor([seed], device=cuda), (500, 700), 0.2) for seed in (1, 1, 2)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert set(masks[0].unique().tolist()) == {0.0, 1.25}
+    assert masks[0].mean().item() == pytest.approx(1, abs=0.01)
+    assert (masks[0] * masks[2]).mean().item() == pytest.approx(1, abs=0.02), "two seeds know nothing of each other"
+
+
+def small(cuda, **kw):
+    torch.manual_seed(3)
+    kw = {**dict(block_size=512, vocab_size=50304, n_layer=3, n_head=6, n_embd=384, bias=False), **kw}
+    return GPT(GPTConfig(**kw)).to(cuda)
+
+
+def step_of(model, **kw):
+    return TrainStep(model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cuda'), **kw)
+
+
+@on_gpu
+@pytest.mark.parametrize('kernel', [True, False], ids=['TK', 'SDPA'])
+@pytest.mark.parametrize('T, kw', [(511, {}), (257, dict(bias=True, gelu='tanh', vocab_size=65))], ids=['511', '257'])
+def test_every_gradient_is_as_near_to_float64_as_plain_nanogpts(T, kw, kernel, cuda):
+    V = kw.get('vocab_size', 50257)
+    x, y = torch.randint(V, (4, T), device=cuda), torch.randint(V, (4, T), device=cuda)
+    y[0, :9] = -1
+    exact, plain, mine = small(cuda, **kw).double(), small(cuda, **kw), small(cuda, TK_kernel=kernel, **kw)
+    exact(x, y)[1].backward()
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        plain(x, y)[1].backward()
+    step = step_of(mine)
+    losses = [step.forward_backward(x, y).item() for _ in range(3)] # as it is, captured, replayed
+    assert max(losses) - min(losses) < 1e-5
+    assert losses[0] == pytest.approx(exact(x, y)[1].item(), abs=1e-3)
+    for (name, p), q, r in zip(exact.named_parameters(), plain.parameters(), mine.parameters()):
+        assert off(r.grad, p.grad) < 1.5 * off(q.grad, p.grad) + 1e-5, name
+
+
+@on_gpu
+def test_changing_shapes_accumulation_and_evaluation_in_between_are_right(cuda):
+    plain, mine = small(cuda, TK_kernel=True), small(cuda, TK_kernel=True)
+    step, optimizer = step_of(mine), plain.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cuda')
+    for i in range(6):
+        for micro_step in range(3):
+            T = 128 if i % 3 else 77
+            x, y = torch.randint(999, (8, T), device=cuda), torch.randint(999, (8, T), device=cuda)
+            with torch.autocast('cuda', dtype=torch.bfloat16):
+                loss = plain(x, y)[1]
+            (loss / 3).backward()
+            got = step.forward_backward(x, y, share=1 / 3, first=micro_step == 0)
+            assert got.item() == pytest.approx(loss.item(), abs=0.02)
+            with torch.autocast('cuda', dtype=torch.bfloat16), torch.no_grad():
+                assert step.evaluate(x[:5], y[:5]).item() == pytest.approx(plain(x[:5], y[:5])[1].item(), abs=0.02)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step.update()
+    for (name, p), q in zip(plain.named_parameters(), mine.parameters()):
+        assert off(q, p) < 0.02, name
+
+
+@on_gpu
+def test_deterministic_algorithms_give_the_same_bits_and_a_graph_draws_new_masks(cuda):
+    x, y = torch.randint(999, (8, 128), device=cuda), torch.randint(999, (8, 128), device=cuda)
+    torch.use_deterministic_algorithms(True)
+    try:
+        step = step_of(small(cuda, TK_kernel=True))
+        found = []
+        for _ in range(4):
+            step.forward_backward(x, y)
+            found.append(step.grads.clone())
+        assert all(torch.equal(found[0], other) for other in found[1:])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    dropping = step_of(small(cuda, TK_kernel=True, dropout=0.2))
+    losses = [dropping.forward_backward(x, y).item() for _ in range(5)]
+    assert len(set(losses)) == 5
+    torch.cuda.manual_seed(5)
+    first = [dropping.forward_backward(x, y).item() for _ in range(2)]
+    torch.cuda.manual_seed(5)
+    assert [dropping.forward_backward(x, y).item() for _ in range(2)] == first
+
+
+@on_gpu
+def test_a_step_waits_for_nobody_and_what_is_not_finite_is_skipped_in_a_graph(cuda):
+    model = small(cuda, TK_kernel=True)
+    step = step_of(model)
+    x, y = torch.randint(999, (8, 128), device=cuda), torch.randint(999, (8, 128), device=cuda)
+    for _ in range(3):
+        step.forward_backward(x, y)
+        step.update()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        step.forward_backward(x, y)
+        step.update()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    before = copy.deepcopy(model.state_dict())
+    weight = step.copies[step.first['transformer.h.0.mlp.c_fc.weight']]
+    saved = weight.clone()
+    weight.fill_(math.nan)
+    step.forward_backward(x, y)
+    assert step.update().item() == 1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    weight.copy_(saved)
+    step.forward_backward(x, y)
+    assert step.update().item() == 0 and not torch.equal(model.lm_head.weight, before['lm_head.weight'])
+
+
+@on_gpu
+def test_a_bfloat16_residual_stream_is_close_and_takes_less_memory(cuda):
+    x, y = torch.randint(999, (8, 512), device=cuda), torch.randint(999, (8, 512), device=cuda)
+    found = []
+    for residual in (torch.float32, torch.bfloat16):
+        step = step_of(small(cuda, TK_kernel=True), residual=residual)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        loss = step.forward_backward(x, y).item()
+        found.append((loss, torch.cuda.max_memory_allocated() - held))
+        del step
+    assert found[0][0] != found[1][0] == pytest.approx(found[0][0], abs=0.02)
+    assert found[1][1] < found[0][1]
