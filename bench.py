@@ -141,7 +141,7 @@ def first_difference(x, y):
 
 batches = make_batches(8)
 if TK_kernel or fast:
-    few = max(1, 16384 // block_size) # sequences, so that float32 fits
+    few = max(1, 16384 * 12 * 768 // (n_layer * n_embd) // block_size) # sequences, so that float32 fits
     difference = first_difference(*(t[:few] for t in batches[0]))
     if difference:
         sys.exit(f"kernel differs: {difference}")

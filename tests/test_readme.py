@@ -137,7 +137,7 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
                                                             '--device=cpu'), '"acc_norm": '),
     (r'python (train|sample|bench|inference)\.py --help', with_flags(), '  --device='),
     (r'python bench\.py.*', with_flags(*BENCH), '"ms_median": '),
-    (r'python -m ThunderKittens\.examples\.attn_causal\.bench', in_a_process('--help'), ''), # it needs an H100
+    (r'python -m ThunderKittens\.examples\.(attn_causal|gpt2_step)\.bench', in_a_process('--help'), ''), # an H100's
     (r'python train\.py config/train_\S+', with_flags(*TRAIN), 'step 2: train loss '),
     (r'python train\.py .*--init_from=resume', with_flags(*TRAIN, '--max_iters=4'), 'step 4: train loss '),
     (r'python train\.py config/finetune_\S+', with_flags(*TRAIN, LOCAL), 'step 2: train loss '),

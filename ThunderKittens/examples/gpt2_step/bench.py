@@ -1,0 +1,144 @@
+"""
+The training step beside plain nanoGPT, shape by shape: each row is a bench.py in a process of its own.
+
+    python -m ThunderKittens.examples.gpt2_step.bench [--sizes=124M,medium,large,xl] [--out=FOLDER] [--readme]
+
+Prints a table, leaves gpt2_step.json and gpt2_step.png (where a step's time goes) in FOLDER, and with --readme
+writes the table into README.md. A row of plain nanoGPT comes before its shape's others, on the same card in the
+same run; its torch.compile, which takes a minute, is done for all shapes of 124M side by side beforehand.
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SIZES = {'124M': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600)}
+SHAPES_124M = [(16, 1024), (12, 1024), (64, 1024), (4, 4096)] # batch, block
+FIRST_TRY = {'medium': (48, 96), 'large': (24, 48), 'xl': (8, 20)} # batches at block 1024: plain's and ours
+WAYS = {'plain': ['--plain=True'], 'fast': [], 'fast, bfloat16 residual': ['--residual=bfloat16']}
+MARKERS = '<!-- step begin -->\n', '<!-- step end -->'
+
+
+def run(size, way, B, T, *more):
+    """bench.py's JSON line of one row, {} where the memory does not suffice; SystemExit with its words if it failed."""
+    n_layer, n_head, n_embd = SIZES[size]
+    command = [sys.executable, 'bench.py', f'--batch_size={B}', f'--block_size={T}', f'--n_layer={n_layer}',
+               f'--n_head={n_head}', f'--n_embd={n_embd}', '--real_data=False', '--dataset=none', *WAYS[way], *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode and 'out of memory' in done.stderr:
+        return {}
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr.strip()[-2000:]}")
+    found = {'size': size, 'way': way, **json.loads(done.stdout.splitlines()[-1])}
+    if not more:
+        print(f"{size} {B} x {T}, {way}: {found['ms_median']:.2f} ms, {found['tokens_per_s']:,} tokens/s, "
+              f"MFU {found['mfu'] or 0:.1%}, {found['peak_gib']:.1f} GiB", flush=True)
+    return found
+
+
+def compile_ahead(shapes):
+    """torch.compile of the plain rows, side by side, into its cache on the disk."""
+    running = [subprocess.Popen([sys.executable, 'bench.py', '--plain=True', f'--batch_size={B}', f'--block_size={T}',
+                                 '--real_data=False', '--dataset=none', '--steps=1', '--warmup=1'], cwd=ROOT,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for B, T in shapes]
+    for process in running:
+        process.wait()
+
+
+def largest(size, way, B):
+    """The row of the largest batch, a multiple of 4, that fits, searched from B on."""
+    best = {}
+    while B >= 4:
+        found = run(size, way, B, 1024)
+        if not found:
+            if best:
+                return best
+            B -= 4
+            continue
+        best = found
+        if found['peak_gib'] * (B + 4) / B > 76:
+            return best
+        B += 4
+    sys.exit(f"{size}, {way}: not even a batch of 4 fits")
+
+
+def table(rows):
+    first = rows[0]
+    lines = [f"{first['card']}, torch {first['torch']}, CUDA {first['cuda']}, commit {first['commit']}; bfloat16, "
+             "random tokens, medians of 20 steps; MFU by nanoGPT's formula.", '',
+             '| GPT-2 | B x T | | ms | tokens/s | MFU | GiB | to plain |', '|---|---|---|---|---|---|---|---|']
+    plain = {}
+    for row in rows:
+        tokens = row['batch_size'], row['block_size']
+        if row['way'] == 'plain':
+            plain[row['size'], tokens[1]] = row['tokens_per_s']
+            plain[row['size'], tokens] = row['tokens_per_s']
+        peer = plain.get((row['size'], tokens), plain[row['size'], tokens[1]])
+        lines.append(f"| {row['size']} | {tokens[0]} x {tokens[1]} | {row['way']} | {row['ms_median']:.2f} | "
+                     f"{row['tokens_per_s']:,} | {row['mfu']:.1%} | {row['peak_gib']:.1f} | "
+                     f"{row['tokens_per_s'] / peer:.2f} |")
+    return '\n'.join(lines)
+
+
+def picture(rows, path):
+    """A stacked bar for each row of 124M: where the milliseconds of a step go."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    rows = [row for row in rows if row['size'] == '124M' and row['parts_ms']][::-1]
+    kinds = sorted({kind for row in rows for kind in row['parts_ms']}, key=lambda kind: (kind == 'idle', kind))
+    figure, axis = plt.subplots(figsize=(11, 1 + 0.45 * len(rows)))
+    names = [f"{row['batch_size']} x {row['block_size']}, {row['way']}" for row in rows]
+    left = [0.0] * len(rows)
+    for i, kind in enumerate(kinds):
+        ms = [row['parts_ms'].get(kind, 0) * 16384 / (row['batch_size'] * row['block_size']) for row in rows]
+        axis.barh(names, ms, left=left, label=kind, color=plt.get_cmap('tab10')(i))
+        left = [at + more for at, more in zip(left, ms)]
+    axis.set_xlabel('ms for 16,384 tokens')
+    axis.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.45, 1.0), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description='the training step beside plain nanoGPT')
+    parser.add_argument('--sizes', default='124M')
+    parser.add_argument('--out', default=str(HERE))
+    parser.add_argument('--readme', action='store_true', help='write the table into README.md')
+    parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
+    options = parser.parse_args()
+    sizes = options.sizes.split(',')
+    for size in sizes:
+        if size not in SIZES:
+            sys.exit(f"--sizes takes {', '.join(SIZES)}, not {size!r}")
+    rows = []
+    if '124M' in sizes:
+        compile_ahead(SHAPES_124M)
+        for B, T in SHAPES_124M:
+            ways = WAYS if (B, T) in ((16, 1024), (64, 1024)) else ('plain', 'fast')
+            rows += [run('124M', way, B, T) for way in ways]
+    for size in sizes:
+        if size in FIRST_TRY:
+            plains, ours = FIRST_TRY[size]
+            rows.append(largest(size, 'plain', plains))
+            rows.append(run(size, 'fast', rows[-1]['batch_size'], 1024))
+            rows.append(largest(size, 'fast', ours))
+    for row in rows:
+        row['commit'] = options.commit or row['commit']
+    text, out = table(rows), Path(options.out)
+    print(text)
+    (out / 'gpt2_step.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
+    picture(rows, out / 'gpt2_step.png')
+    if options.readme:
+        path = ROOT / 'README.md'
+        before, begin, rest = path.read_text(encoding='utf-8').partition(MARKERS[0])
+        _, end, after = rest.partition(MARKERS[1])
+        assert begin and end, f"{path} has no markers"
+        path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
