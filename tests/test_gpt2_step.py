@@ -24,9 +24,9 @@ def adamw(model):
     return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
 
 
-def pair(**kw):
+def pair(by_rank=0, **kw):
     """A model, the same once more, and its step by hand: in float64 on the CPU."""
-    torch.manual_seed(1)
+    torch.manual_seed(1 + by_rank)
     plain = GPT(GPTConfig(**{**dict(block_size=16, n_layer=3, n_head=2, n_embd=32), **kw}))
     with torch.no_grad():
         for p in plain.parameters():
@@ -161,6 +161,36 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient_on_purpose(double, monkey
     monkeypatch.setattr(kernels, 'cross_entropy_', endless)
     step.forward_backward(x, y)
     assert step.update().item() == 1
+
+
+def one_of_two(rank, folder):
+    """A process of two: its own weights at first, its own half of the batch."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f'{folder}/store', 2)
+    torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
+    _, model, step = pair(vocab_size=65, by_rank=rank)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, y = torch.randint(65, (2, 3, 13)), torch.randint(65, (2, 3, 13))
+        step.forward_backward(x[rank], y[rank], share=0.5)
+        step.update()
+    torch.save(model.state_dict(), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_steps_of_one(double, tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    _, model, step = pair(vocab_size=65, by_rank=0)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, y = torch.randint(65, (2, 3, 13)), torch.randint(65, (2, 3, 13))
+        for half in range(2):
+            step.forward_backward(x[half], y[half], share=0.5, first=half == 0)
+        step.update()
+    ends = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+    for name, p in model.state_dict().items():
+        assert torch.equal(ends[0][name], ends[1][name]) and off(ends[0][name], p) < 1e-12, name
 
 
 def test_a_mask_keeps_the_right_share_and_two_seeds_know_nothing_of_each_other():
