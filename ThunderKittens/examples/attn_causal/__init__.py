@@ -154,7 +154,7 @@ def _qkv_fwd_fake(qkv, seed, n_head, dropout):
 
 
 # From this many rows on one pass is faster than two (NOTES.md); its dq differs in the last bits from run to run.
-ONE_PASS_ROWS = 2048
+ONE_PASS_ROWS = {64: 2048, 128: 8192} # by the width of the kernels' tiles
 
 
 def _backward(addresses, lse, shape, strides, seed, dropout):
@@ -162,8 +162,8 @@ def _backward(addresses, lse, shape, strides, seed, dropout):
     B, H, T, D = shape
     stats = lse.new_empty(_module().stats_floats(B, H, T))
     sums = None
-    if T >= ONE_PASS_ROWS and D <= 64 and not dropout and not torch.are_deterministic_algorithms_enabled():
-        sums = lse.new_empty(_module().sums_floats(B, H, T))
+    if T >= ONE_PASS_ROWS[64 if D <= 64 else 128] and not dropout and not torch.are_deterministic_algorithms_enabled():
+        sums = lse.new_empty(_module().sums_floats(B, H, T, D))
     _queue(_module().backward, lse.device, seed, dropout, *addresses, lse.data_ptr(), stats.data_ptr(),
            0 if sums is None else sums.data_ptr(), *shape, *strides)
 
@@ -279,7 +279,7 @@ def causal_attention(q, k, v, dropout=0.0):
     returns   (B, H, T, D) bfloat16, a view of a contiguous (B, T, H * D), differentiable in q, k and v
     raises    TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
     accuracy  float32 scores and sums; RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 attention
-    repeats   the same bits every time, but for the gradient of q from 2048 rows on with D up to 64: there it does under
+    repeats   the same bits every time, but for the gradient of q of long sequences (ONE_PASS_ROWS): there it does under
               torch.use_deterministic_algorithms(True)
     source    FlashAttention-2, arXiv:2307.08691; the normaliser sums rounded weights because of arXiv:2510.04212
     """
