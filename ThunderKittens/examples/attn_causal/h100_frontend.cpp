@@ -63,7 +63,7 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, 
              int64_t D, const py::tuple& q_strides, const py::tuple& k_strides, const py::tuple& v_strides,
              const py::tuple& o_strides, uintptr_t stream, float dropout, uintptr_t seed, int section_heads) {
     check_sizes(B, H, N, D);
-    if (lse == 0 || lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats");
+    if (lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats, or 0");
     const int64_t extents[3] = {B, H, N};
     attn::fwd_problem problem{};
     problem.q = tensor("q", q, q_strides, extents);
@@ -132,7 +132,7 @@ PYBIND11_MODULE(h100_attn_causal, m) {
           py::arg("o_strides"), py::arg("stream"), py::arg("dropout") = 0.f, py::arg("seed") = 0,
           py::arg("section_heads") = 0,
           "Queue the forward on `stream`: bf16 q, k, v, o by address with strides (batch, head, row) in elements, "
-          "float lse (B, H, N).");
+          "float lse (B, H, N), or 0 where no backward follows.");
     m.def("backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),
           py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("stats"), py::arg("dq_sums"), py::arg("B"),
           py::arg("H"), py::arg("N"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
