@@ -20,7 +20,7 @@ static bool run(int B, int H, int N, int D, float dropout, bool one_pass) {
     cudaMalloc(&dout, elements / 3 * 2);
     cudaMalloc(&lse, sizeof(float) * B * H * N);
     cudaMalloc(&stats, sizeof(float) * attn::bwd_stats_floats(B, H, N));
-    if (one_pass) cudaMalloc(&sums, sizeof(float) * attn::bwd_sums_floats(B, H, N));
+    if (one_pass) cudaMalloc(&sums, sizeof(float) * attn::bwd_sums_floats(B, H, N, D));
     cudaMalloc(&seed, 8);
     cudaMemset(seed, 1, 8);
     cudaMemcpy(qkv, host.data(), elements * 2, cudaMemcpyHostToDevice);
@@ -77,7 +77,9 @@ int main() {
     for (int D : {64, 128})
         for (int N : {1, 65, 200, 400})
             for (float dropout : {0.f, 0.2f}) good &= run(1, 2, N, D, dropout, false);
-    for (int N : {1, 65, 200, 400}) good &= run(1, 2, N, 64, 0.f, true);
-    good &= run(3, 60, 130, 64, 0.f, false) && run(3, 60, 130, 64, 0.f, true); // more tiles than blocks
+    for (int D : {64, 128})
+        for (int N : {1, 65, 200, 400}) good &= run(1, 2, N, D, 0.f, true);
+    for (bool one_pass : {false, true})
+        for (int D : {64, 128}) good &= run(3, 60, 130, D, 0.f, one_pass); // more tiles than blocks
     return good ? 0 : 1;
 }

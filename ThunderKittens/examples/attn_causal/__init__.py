@@ -99,6 +99,15 @@ def _check_dropout(dropout, seed, x):
         raise ValueError(f"dropout needs a seed: one int64 on {x.device}")
 
 
+def _needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check_no_gradient(*tensors):
+    if _needs_gradient(*tensors):
+        raise RuntimeError("this operator has no gradient: call causal_attention, or use torch.no_grad()")
+
+
 def _queue(kernel, device, seed, dropout, *arguments):
     """Run a function of the module on the device's current stream; `arguments` are its own but for the stream."""
     index, address = device.index, seed.data_ptr() if dropout else 0
@@ -109,21 +118,33 @@ def _queue(kernel, device, seed, dropout, *arguments):
             kernel(*arguments, torch._C._cuda_getCurrentRawStream(index), dropout, address)
 
 
-def _forward(addresses, lse, shape, strides, seed, dropout):
-    """`addresses` of q, k, v, out, and the `strides` of each, (batch, head, row), in elements."""
-    _queue(_module().forward, lse.device, seed, dropout, *addresses, lse.data_ptr(), *shape, *strides)
+def _forward(addresses, out, lse, shape, strides, seed, dropout):
+    """`addresses` of q, k, v and `strides` of q, k, v, out, (batch, head, row), in elements. lse may be None."""
+    _queue(_module().forward, out.device, seed, dropout, *addresses, out.data_ptr(),
+           0 if lse is None else lse.data_ptr(), *shape, *strides)
 
 
 def _fwd(q, k, v, seed, dropout):
     _check_split(q, k, v)
     _check_dropout(dropout, seed, q)
     B, H, T, D = q.shape
-    out = q.new_empty((B, T, H, D))
     lse = q.new_empty((B, H, T), dtype=torch.float32)
+    return _attend(q, k, v, lse, seed, dropout), lse
+
+
+def _infer(q, k, v):
+    _check_split(q, k, v)
+    _check_no_gradient(q, k, v)
+    return _attend(q, k, v, None, None, 0.0)
+
+
+def _attend(q, k, v, lse, seed, dropout):
+    B, H, T, D = q.shape
+    out = q.new_empty((B, T, H, D))
     if out.numel():
-        _forward((q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()), lse, (B, H, T, D),
+        _forward((q.data_ptr(), k.data_ptr(), v.data_ptr()), out, lse, (B, H, T, D),
                  (q.stride()[:3], k.stride()[:3], v.stride()[:3], (T * H * D, D, H * D)), seed, dropout)
-    return out, lse
+    return out
 
 
 def _fwd_fake(q, k, v, seed, dropout):
@@ -132,19 +153,33 @@ def _fwd_fake(q, k, v, seed, dropout):
     return q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
 
 
+def _infer_fake(q, k, v):
+    return _fwd_fake(q, k, v, None, 0.0)[0]
+
+
 def _qkv_fwd(qkv, seed, n_head, dropout):
     _check_packed(qkv, n_head)
     _check_dropout(dropout, seed, qkv)
+    lse = qkv.new_empty((qkv.size(0), n_head, qkv.size(1)), dtype=torch.float32)
+    return _attend_packed(qkv, n_head, lse, seed, dropout), lse
+
+
+def _qkv_infer(qkv, n_head):
+    _check_packed(qkv, n_head)
+    _check_no_gradient(qkv)
+    return _attend_packed(qkv, n_head, None, None, 0.0)
+
+
+def _attend_packed(qkv, n_head, lse, seed, dropout):
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
     out = qkv.new_empty((B, T, C))
-    lse = qkv.new_empty((B, n_head, T), dtype=torch.float32)
     if out.numel():
         address, packed = qkv.data_ptr(), (qkv.stride(0), D, qkv.stride(1))
-        _forward((address, address + 2 * C, address + 4 * C, out.data_ptr()), lse, (B, n_head, T, D),
+        _forward((address, address + 2 * C, address + 4 * C), out, lse, (B, n_head, T, D),
                  (packed, packed, packed, (T * C, D, C)), seed, dropout)
-    return out, lse
+    return out
 
 
 def _qkv_fwd_fake(qkv, seed, n_head, dropout):
@@ -153,8 +188,12 @@ def _qkv_fwd_fake(qkv, seed, n_head, dropout):
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
+def _qkv_infer_fake(qkv, n_head):
+    return _qkv_fwd_fake(qkv, None, n_head, 0.0)[0]
+
+
 # From this many rows on one pass is faster than two (NOTES.md); its dq differs in the last bits from run to run.
-ONE_PASS_ROWS = 4096
+ONE_PASS_ROWS = {64: 2048, 128: 8192} # by the width of the kernels' tiles
 
 
 def _backward(addresses, lse, shape, strides, seed, dropout):
@@ -162,8 +201,8 @@ def _backward(addresses, lse, shape, strides, seed, dropout):
     B, H, T, D = shape
     stats = lse.new_empty(_module().stats_floats(B, H, T))
     sums = None
-    if T >= ONE_PASS_ROWS and D <= 64 and not dropout and not torch.are_deterministic_algorithms_enabled():
-        sums = lse.new_empty(_module().sums_floats(B, H, T))
+    if T >= ONE_PASS_ROWS[64 if D <= 64 else 128] and not dropout and not torch.are_deterministic_algorithms_enabled():
+        sums = lse.new_empty(_module().sums_floats(B, H, T, D))
     _queue(_module().backward, lse.device, seed, dropout, *addresses, lse.data_ptr(), stats.data_ptr(),
            0 if sums is None else sums.data_ptr(), *shape, *strides)
 
@@ -216,6 +255,8 @@ _operators = {
         (_fwd, _fwd_fake),
     'attn_causal_qkv_fwd(Tensor qkv, Tensor? seed, int n_head, float dropout) -> (Tensor, Tensor)':
         (_qkv_fwd, _qkv_fwd_fake),
+    'attn_causal(Tensor q, Tensor k, Tensor v) -> Tensor': (_infer, _infer_fake),
+    'attn_causal_qkv(Tensor qkv, int n_head) -> Tensor': (_qkv_infer, _qkv_infer_fake),
     'attn_causal_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float dropout)'
     ' -> (Tensor, Tensor, Tensor)': (_bwd, _bwd_fake),
     'attn_causal_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float dropout)'
@@ -229,6 +270,8 @@ for _schema, (_real, _fake) in _operators.items():
     torch.library.register_fake(f'thunderkittens::{_name}', _fake, lib=_library)
 _fwd_op = torch.ops.thunderkittens.attn_causal_fwd.default
 _qkv_fwd_op = torch.ops.thunderkittens.attn_causal_qkv_fwd.default
+_infer_op = torch.ops.thunderkittens.attn_causal.default # no dropout, no gradient, a third of the host's time
+_qkv_infer_op = torch.ops.thunderkittens.attn_causal_qkv.default
 _bwd_op = torch.ops.thunderkittens.attn_causal_bwd.default
 _qkv_bwd_op = torch.ops.thunderkittens.attn_causal_qkv_bwd.default
 
@@ -279,10 +322,12 @@ def causal_attention(q, k, v, dropout=0.0):
     returns   (B, H, T, D) bfloat16, a view of a contiguous (B, T, H * D), differentiable in q, k and v
     raises    TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
     accuracy  float32 scores and sums; RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 attention
-    repeats   the same bits every time, but for the gradient of q from 4096 rows on with D up to 64: there it does under
+    repeats   the same bits every time, but for the gradient of q of long sequences (ONE_PASS_ROWS): there it does under
               torch.use_deterministic_algorithms(True)
     source    FlashAttention-2, arXiv:2307.08691; the normaliser sums rounded weights because of arXiv:2510.04212
     """
+    if not (dropout or _needs_gradient(q, k, v)):
+        return _infer_op(q, k, v).transpose(1, 2)
     return _fwd_op(q, k, v, _draw_seed(q, dropout), dropout)[0].transpose(1, 2)
 
 
@@ -293,4 +338,6 @@ def causal_attention_qkv(qkv, n_head, dropout=0.0):
     returns   (B, T, C) bfloat16, contiguous, differentiable in qkv
     raises    as causal_attention
     """
+    if not (dropout or _needs_gradient(qkv)):
+        return _qkv_infer_op(qkv, n_head)
     return _qkv_fwd_op(qkv, _draw_seed(qkv, dropout), n_head, dropout)[0]

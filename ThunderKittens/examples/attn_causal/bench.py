@@ -247,9 +247,9 @@ def picture(shapes, peers, path):
     figure.savefig(path, dpi=110)
 
 
-def write_between_markers(path, text):
-    before, begin, rest = path.read_text(encoding='utf-8').partition('<!-- bench begin -->\n')
-    _, end, after = rest.partition('<!-- bench end -->')
+def write_between_markers(path, text, name='bench'):
+    before, begin, rest = path.read_text(encoding='utf-8').partition(f'<!-- {name} begin -->\n')
+    _, end, after = rest.partition(f'<!-- {name} end -->')
     assert begin and end, f"{path} has no markers"
     path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding='utf-8')
 
@@ -260,6 +260,15 @@ def said(*command):
     except OSError:
         return ''
     return done.stdout.strip()
+
+
+def measured_on(commit):
+    """Card, versions and commit, in one line."""
+    commit = commit or said('git', 'rev-parse', '--short', 'HEAD') or 'unknown'
+    driver, clocks = (said('nvidia-smi', f'--query-gpu={what}', '--format=csv,noheader')
+                      for what in ('driver_version', 'clocks.sm,clocks.mem'))
+    return (f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}, "
+            f"cuDNN {torch.backends.cudnn.version()}, commit {commit}, clocks {clocks} at the end.")
 
 
 def main():
@@ -283,11 +292,7 @@ def main():
     shapes = measure_shapes(peers, SHAPES[1:3] if options.quick else SHAPES, 1 if options.quick else 4, flush)
     lengths = measure_lengths({name: peers[name] for name in peers if name != 'fa3'}, flush)
     packed = measure_packed(flush)
-    commit = options.commit or said('git', 'rev-parse', '--short', 'HEAD') or 'unknown'
-    driver, clocks = (said('nvidia-smi', f'--query-gpu={what}', '--format=csv,noheader')
-                      for what in ('driver_version', 'clocks.sm,clocks.mem'))
-    where = (f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}, "
-             f"cuDNN {torch.backends.cudnn.version()}, commit {commit}, clocks {clocks} at the end.")
+    where = measured_on(options.commit)
     text = tables(shapes, lengths, packed, list(peers), where)
     print(text)
     out = Path(options.out)

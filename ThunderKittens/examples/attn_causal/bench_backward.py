@@ -1,7 +1,7 @@
 """
 Times the backward kernels beside torch's flash and cuDNN attention and FlashAttention-3, after checking them.
 
-    python -m ThunderKittens.examples.attn_causal.bench_backward [--fa3=FOLDER] [--out=FOLDER] [--quick]
+    python -m ThunderKittens.examples.attn_causal.bench_backward [--fa3=FOLDER] [--out=FOLDER] [--readme] [--quick]
 
 Everything a backward does is in the time: delta, clearing, conversion. q, k, v are views of a packed (B, T, 3, H, D),
 but FlashAttention-3 gets its own contiguous layout. `one pass` and `two passes` are ours at every length; `ours` is
@@ -48,7 +48,7 @@ def ours(rows=None):
 
         def call():
             usual = attn.ONE_PASS_ROWS
-            attn.ONE_PASS_ROWS = usual if rows is None else rows
+            attn.ONE_PASS_ROWS = usual if rows is None else {64: rows, 128: rows}
             dqkv = torch.ops.thunderkittens.attn_causal_qkv_bwd(dout, packed, out, lse, None, H, 0.0)
             attn.ONE_PASS_ROWS = usual
             return dqkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
@@ -93,8 +93,6 @@ def measure(peers, shapes, passes, flush):
         for shape in shapes:
             packed = inputs(*shape)
             for name in list(peers)[::1 if turn % 2 == 0 else -1]:
-                if name == 'one pass' and shape[3] > 64:
-                    continue
                 call = peers[name](*packed)
                 once = bench.flushed_us(call, flush, repeats=15)
                 times = results.setdefault(shape, {}).setdefault(name, {'flushed_us': [], 'back_to_back_us': []})
@@ -145,6 +143,8 @@ def main():
     parser = argparse.ArgumentParser(description='the backward kernels beside torch and FlashAttention-3')
     parser.add_argument('--fa3', default='')
     parser.add_argument('--out', default=str(bench.HERE))
+    parser.add_argument('--readme', action='store_true')
+    parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
     parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
     options = parser.parse_args()
     if attn.why_unavailable():
@@ -159,8 +159,11 @@ def main():
     check(peers)
     results = measure(peers, bench.SHAPES[1:3] if options.quick else bench.SHAPES, 1 if options.quick else 4, flush)
     training = measure_training(flush)
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}."
-    print(table(results, training, list(peers), where))
+    where = bench.measured_on(options.commit)
+    text = table(results, training, list(peers), where)
+    print(text)
+    if options.readme:
+        bench.write_between_markers(bench.HERE / 'README.md', text, 'backward')
     result = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in results.items()},
               'training_ms': training}
     (Path(options.out) / 'attn_causal_backward.json').write_text(json.dumps(result, indent=1), encoding='utf-8')

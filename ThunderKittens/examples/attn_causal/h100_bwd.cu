@@ -8,7 +8,7 @@
 //            keeps scores^T (k down, q across). A block is two such warpgroups and stays on its multiprocessor;
 //            the host deals the tiles out (schedule.cuh). Seven products where one pass needs five, but nothing is
 //            added up in memory: no workspace to clear or convert, and the same bits every time.         shapes.cuh
-//            For long sequences causal_one_pass, which is in h100_bwd_one_pass.cuh.
+//            For long sequences one pass: h100_bwd_one_pass.cuh, and at head dim 128 h100_bwd_one_pass_wide.cuh.
 // pipeline   one producer thread keeps the walked tiles in flight by TMA. In a step, the last step's products into
 //            dq (dk, dv), this one's dp and the next one's scores are in flight while this step's p is computed
 // softmax    p from the forward's lse, in base 2; delta in causal_dq before its first step, from there to causal_dkdv
@@ -39,10 +39,10 @@ struct rows_at {
 };
 
 struct bwd_args {
-    CUtensorMap q, k, v, o, dout, dq, dk, dv;
+    CUtensorMap q, k, v, o, dout, dq, dk, dv, stats_rows;
     const float* lse;
     float* stats;   // (B H, pieces, 2, 64): lse in base 2, delta
-    float* dq_sums; // (B H, pieces, 64 D), one pass only
+    float* dq_sums; // (B H, pieces, D / 64, 64 x 64), one pass only
     rows_at o_at, dout_at;
     int N, H, D, pieces;
     float scale, scale_log2;
@@ -50,7 +50,8 @@ struct bwd_args {
     tile_schedule schedule;
 };
 
-constexpr int ROWS = 64; // of a piece: what a warpgroup owns, and what it walks over in a step
+constexpr int ROWS = 64;  // of a piece: what a warpgroup owns, and what it walks over in a step
+constexpr int PANEL = 64; // columns of a shared tile that lie together
 
 KITTENS_DEVICE int warp_row() { return (threadIdx.x >> 5 & 3) * 16; }
 
@@ -400,7 +401,7 @@ static_assert(sizeof(dkdv_smem<128>) <= SMEM_LIMIT, "head dim 128: fewer stages"
 // The producer of causal_dkdv and of causal_one_pass, whose plans of shared memory name the same things alike.
 template <int D, class Smem> KITTENS_DEVICE void dkdv_load(Smem& smem, const bwd_args& args) {
     ring<Smem::shape::stages> q;
-    ring<2> kv;
+    ring<Smem::shape::slots> kv;
     int head, rank;
     wait_for_previous_kernel();
 #pragma unroll 1
@@ -422,9 +423,8 @@ template <int D, class Smem> KITTENS_DEVICE void dkdv_load(Smem& smem, const bwd
             expect(arrived, 2 * sizeof(st_bf<ROWS, D>) + sv_fl<2 * ROWS>::bytes);
             load_rows(smem.q[q.slot], args.q, arrived, j * ROWS, h, b, tma::KEEP);
             load_rows(smem.dout[q.slot], args.dout, arrived, j * ROWS, h, b, tma::KEEP);
-            tma::load_bytes(smem.stats[q.slot].address(),
-                            args.stats + (static_cast<int64_t>(head) * args.pieces + j) * 2 * ROWS,
-                            sv_fl<2 * ROWS>::bytes, arrived);
+            // by tensor map: racecheck does not see that the barrier covers a plain bulk copy
+            tma::load(smem.stats[q.slot].address(), args.stats_rows, arrived, 0, j, head, 0);
         }
     }
 }
@@ -651,6 +651,7 @@ __global__ void __launch_bounds__(384, 1) causal_dkdv(const __grid_constant__ bw
 } // namespace attn
 
 #include "h100_bwd_one_pass.cuh"
+#include "h100_bwd_one_pass_wide.cuh"
 
 namespace attn {
 
@@ -674,19 +675,24 @@ cudaError_t launch_kernel(Kernel kernel, int threads, size_t smem_bytes, int blo
 
 // Delta and zeros, the walk, the rounding of dq.
 template <int D> cudaError_t launch_one_pass(const bwd_args& args, int blocks, cudaStream_t stream) {
+    constexpr auto walk_kernel = [] {
+        if constexpr (D == 64) return causal_one_pass<D>;
+        else return causal_one_pass_wide<D>;
+    }();
+    constexpr int threads = D == 64 ? 512 : 256;
+    constexpr size_t smem_bytes = D == 64 ? sizeof(one_pass_smem<64>) : sizeof(wide_smem<128>);
     static bool may_use_memory[64] = {};
     int device;
     if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
     if (!may_use_memory[device]) {
-        const cudaError_t e = cudaFuncSetAttribute(causal_one_pass<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   sizeof(one_pass_smem<D>));
+        const cudaError_t e =
+            cudaFuncSetAttribute(walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
         if (e != cudaSuccess) return e;
         may_use_memory[device] = true;
     }
     const int all_pieces = args.schedule.heads * args.pieces;
     cudaError_t e = launch_kernel(causal_delta<D>, 128, 0, all_pieces, false, args, stream);
-    if (e == cudaSuccess)
-        e = launch_kernel(causal_one_pass<D>, 512, sizeof(one_pass_smem<D>), blocks, true, args, stream);
+    if (e == cudaSuccess) e = launch_kernel(walk_kernel, threads, smem_bytes, blocks, true, args, stream);
     if (e == cudaSuccess) e = launch_kernel(causal_dq_round<D>, 128, 0, all_pieces, true, args, stream);
     return e;
 }
@@ -705,6 +711,10 @@ template <int D, bool drop> const char* launch(const bwd_problem& x, cudaStream_
     if (!map(args.dq, x.dq, 16)) return "no tensor map for dq";
     if (!map(args.dk, x.dk, 16)) return "no tensor map for dk";
     if (!map(args.dv, x.dv, 16)) return "no tensor map for dv";
+    args.pieces = (x.N + ROWS - 1) / ROWS;
+    const int64_t stats_of_head = static_cast<int64_t>(args.pieces) * 2 * ROWS;
+    const gl stats = {x.stats, 1, x.B * x.H, args.pieces, 2 * ROWS, 0, stats_of_head, 2 * ROWS, sizeof(float)};
+    if (make_tensor_map(&args.stats_rows, stats, 1, 2 * ROWS) != CUDA_SUCCESS) return "no tensor map for stats";
     args.lse = x.lse;
     args.stats = x.stats;
     args.dq_sums = x.dq_sums;
@@ -716,7 +726,6 @@ template <int D, bool drop> const char* launch(const bwd_problem& x, cudaStream_
     args.D = x.D;
     args.N = x.N;
     args.H = x.H;
-    args.pieces = (x.N + ROWS - 1) / ROWS;
     args.scale = 1.f / std::sqrt(static_cast<float>(x.D));
     args.scale_log2 = args.scale * LOG2E;
     args.dropout = make_dropout(x.dropout, x.seed);
@@ -748,7 +757,7 @@ template <int D, bool drop> const char* launch(const bwd_problem& x, cudaStream_
         const int steps = pieces - 2 * rank;
         return steps + std::max(0, steps - 1) + BWD_TILE_COST;
     };
-    if constexpr (D == 64 && !drop) {
+    if constexpr (!drop) {
         if (x.dq_sums != nullptr) {
             args.schedule = dkdv_schedules.get(heads, section, tiles, blocks, dkdv_cost);
             const cudaError_t e = launch_one_pass<D>(args, blocks, stream);

@@ -21,8 +21,10 @@ struct bwd_problem {
 // two numbers a row, in blocks of 64 rows: its log sum of exponentials in base 2, and the row sum of dout o
 constexpr int64_t bwd_stats_floats(int64_t B, int64_t H, int64_t N) { return B * H * ((N + 63) / 64) * 128; }
 
-// what one pass adds dq up in; it exists for head dims up to 64 without dropout
-constexpr int64_t bwd_sums_floats(int64_t B, int64_t H, int64_t N) { return B * H * ((N + 63) / 64) * 64 * 64; }
+// what one pass adds dq up in; it exists without dropout
+constexpr int64_t bwd_sums_floats(int64_t B, int64_t H, int64_t N, int64_t D) {
+    return B * H * ((N + 63) / 64) * 64 * (D <= 64 ? 64 : 128);
+}
 
 } // namespace attn
 

@@ -1,4 +1,5 @@
-// h100_bwd_one_pass.cuh: dq, dk and dv in one walk, five products; for long sequences. Part of h100_bwd.cu.
+// h100_bwd_one_pass.cuh: dq, dk and dv in one walk, five products; for long sequences at head dim 64, and what head dim
+// 128 shares with it. Part of h100_bwd.cu.
 //
 // tiles      as causal_dkdv: a block owns 128 rows of k, v, a warpgroup 64 of them, and walks q, dout
 // pipeline   in a step a warpgroup has dp of this step and the scores of the next one in flight while it computes p.
@@ -24,7 +25,8 @@ template <int D> struct one_pass_smem {
 };
 static_assert(sizeof(one_pass_smem<64>) <= SMEM_LIMIT, "head dim 64: fewer stages");
 
-// Where 64 rows of dq are added up: in the order of a warpgroup's accumulator, 16 bytes a thread at a time.
+// Where 64 rows of dq are added up: 64 columns after 64 columns, each in the order of a warpgroup's accumulator, warp
+// by warp, 16 bytes a lane at a time.
 template <int D> KITTENS_DEVICE float* dq_sums(const bwd_args& args, int head, int piece) {
     return args.dq_sums + (static_cast<int64_t>(head) * args.pieces + piece) * ROWS * D;
 }
@@ -60,7 +62,7 @@ template <int D> KITTENS_DEVICE void one_pass_dq(one_pass_smem<D>& smem, const b
             float* buffer = smem.dq[turn.slot];
 #pragma unroll
             for (int e = 0; e < D / 2; e += 4)
-                *reinterpret_cast<float4*>(buffer + e * 128 + thread * 4) =
+                *reinterpret_cast<float4*>(buffer + thread / 32 * 16 * D + e * 32 + thread % 32 * 4) =
                     make_float4(dq.data[e], dq.data[e + 1], dq.data[e + 2], dq.data[e + 3]);
             fence_async();
             sync(1, 128);
@@ -264,7 +266,7 @@ template <int D> __global__ void __launch_bounds__(128) causal_dq_round(const __
     rt_fl<D> dq;
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
-        const float4 x = sums[i * 128 + t];
+        const float4 x = sums[i / 8 * ROWS * PANEL / 4 + t / 32 * 16 * PANEL / 4 + i % 8 * 32 + t % 32];
         dq.data[4 * i] = x.x;
         dq.data[4 * i + 1] = x.y;
         dq.data[4 * i + 2] = x.z;

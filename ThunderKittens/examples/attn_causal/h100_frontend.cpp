@@ -63,7 +63,7 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, 
              int64_t D, const py::tuple& q_strides, const py::tuple& k_strides, const py::tuple& v_strides,
              const py::tuple& o_strides, uintptr_t stream, float dropout, uintptr_t seed, int section_heads) {
     check_sizes(B, H, N, D);
-    if (lse == 0 || lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats");
+    if (lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats, or 0");
     const int64_t extents[3] = {B, H, N};
     attn::fwd_problem problem{};
     problem.q = tensor("q", q, q_strides, extents);
@@ -84,7 +84,7 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, 
 }
 
 // dq, dk, dv of what forward wrote into o and lse. `stats`, `dq_sums`: scratch of stats_floats(B, H, N) and
-// sums_floats(B, H, N) floats, any contents; dq_sums = 0 takes two passes, which give the same bits every time.
+// sums_floats(B, H, N, D) floats, any contents; dq_sums = 0 takes two passes, which give the same bits every time.
 // dropout > 0: the forward's, and the address of its seed (int64, on the device; read when the kernels run).
 void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t dout, uintptr_t dq, uintptr_t dk,
               uintptr_t dv, uintptr_t lse, uintptr_t stats, uintptr_t dq_sums, int64_t B, int64_t H, int64_t N,
@@ -97,8 +97,7 @@ void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t dout
     if (lse == 0 || lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats");
     if (stats == 0 || stats % 16 != 0) throw py::value_error("stats must start at a multiple of 16 bytes");
     if (dq_sums % 16 != 0) throw py::value_error("dq_sums must start at a multiple of 16 bytes");
-    if (dq_sums != 0 && (D > 64 || dropout > 0.f))
-        throw py::value_error("one pass takes head dims up to 64 without dropout: dq_sums must be 0");
+    if (dq_sums != 0 && dropout > 0.f) throw py::value_error("one pass is without dropout: dq_sums must be 0");
     check_dropout(dropout, seed);
     const int64_t extents[3] = {B, H, N};
     attn::bwd_problem problem{};
@@ -133,7 +132,7 @@ PYBIND11_MODULE(h100_attn_causal, m) {
           py::arg("o_strides"), py::arg("stream"), py::arg("dropout") = 0.f, py::arg("seed") = 0,
           py::arg("section_heads") = 0,
           "Queue the forward on `stream`: bf16 q, k, v, o by address with strides (batch, head, row) in elements, "
-          "float lse (B, H, N).");
+          "float lse (B, H, N), or 0 where no backward follows.");
     m.def("backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),
           py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("stats"), py::arg("dq_sums"), py::arg("B"),
           py::arg("H"), py::arg("N"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
@@ -142,6 +141,6 @@ PYBIND11_MODULE(h100_attn_causal, m) {
           "Queue the backward on `stream`: bf16 tensors by address with strides (batch, head, row) in elements.");
     m.def("stats_floats", &attn::bwd_stats_floats, py::arg("B"), py::arg("H"), py::arg("N"),
           "Floats of scratch that the backward needs.");
-    m.def("sums_floats", &attn::bwd_sums_floats, py::arg("B"), py::arg("H"), py::arg("N"),
+    m.def("sums_floats", &attn::bwd_sums_floats, py::arg("B"), py::arg("H"), py::arg("N"), py::arg("D"),
           "Floats of scratch that the backward's one pass needs besides.");
 }

@@ -33,6 +33,7 @@ struct fwd_args {
     float scale_log2;
     dropout_args dropout;
     tile_schedule schedule;
+    int lse_rows; // N, or 0 where no backward follows
 };
 
 // v, and beside it a panel of ones: a column of p times that is the sum of p. D = 128 has the panel in the tile.
@@ -249,7 +250,7 @@ KITTENS_DEVICE void store_output(fwd_smem<D>& smem, const fwd_args& args, output
     }
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        if (col_of() == 0 && row + row_of(i) < args.N)
+        if (col_of() == 0 && row + row_of(i) < args.lse_rows)
             args.lse[static_cast<int64_t>(head) * args.N + row + row_of(i)] =
                 (rows.offset.data[i] + log2_fast(rows.sum.data[i])) * LN2;
 }
@@ -453,6 +454,7 @@ template <int D, bool drop> const char* launch(const fwd_problem& x, cudaStream_
     if (make_tensor_map(&args.v, layout(x.v), KV_ROWS, 64) != CUDA_SUCCESS) return "no tensor map for v";
     if (make_tensor_map(&args.o, layout(x.o), 16, 64) != CUDA_SUCCESS) return "no tensor map for o";
     args.lse = x.lse;
+    args.lse_rows = x.lse == nullptr ? 0 : x.N;
     args.N = x.N;
     args.H = divisor(x.H);
     args.pieces = pieces_per_head<D>(x.N);

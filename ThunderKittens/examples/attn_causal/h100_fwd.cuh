@@ -12,7 +12,7 @@ struct fwd_tensor { // (B, H, N, D) bf16; strides in elements, D contiguous
 
 struct fwd_problem {
     fwd_tensor q, k, v, o;
-    float* lse; // (B, H, N), contiguous
+    float* lse; // (B, H, N), contiguous, or null: only the backward needs it
     int B, H, N, D;
     float dropout = 0.f;           // probability that a score is dropped after the softmax
     const int64_t* seed = nullptr; // on the device, read when the kernel runs; needed where dropout > 0

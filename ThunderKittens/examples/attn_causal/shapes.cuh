@@ -58,17 +58,21 @@ template <> struct dq_shape<128> {
 };
 template <int D> struct dkdv_shape;
 template <> struct dkdv_shape<64> {
-    static constexpr int stages = 6;
+    static constexpr int stages = 6, slots = 2;
     static constexpr bool deep = true, v_in_registers = true;
 };
 template <> struct dkdv_shape<128> {
-    static constexpr int stages = 3;
+    static constexpr int stages = 3, slots = 2;
     static constexpr bool deep = false, v_in_registers = false;
 };
 
 template <int D> struct one_pass_shape;
 template <> struct one_pass_shape<64> { // dk, dv, dp, two sets of scores, v: 128 would not fit the registers
-    static constexpr int stages = 4;
+    static constexpr int stages = 4, slots = 2;
+};
+template <int D> struct wide_shape; // one pass in the registers of two warpgroups
+template <> struct wide_shape<128> {
+    static constexpr int stages = 3;
 };
 
 constexpr int64_t BWD_SECTION_BYTES = 8 << 20; // walked operands that stay in L2 while a section of heads is computed

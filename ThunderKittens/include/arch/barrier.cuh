@@ -60,6 +60,11 @@ template <int stages> struct ring {
     KITTENS_DEVICE void advance() {
         if (++slot == stages) { slot = 0; parity ^= 1; }
     }
+    KITTENS_DEVICE ring next() const {
+        ring r = *this;
+        r.advance();
+        return r;
+    }
     // the slot handed out before this one
     KITTENS_DEVICE ring previous() const {
         ring r;
