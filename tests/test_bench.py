@@ -7,6 +7,7 @@ import torch
 import configurator
 from conftest import assert_refused, run_script
 from model import sdpa_attention_qkv
+from ThunderKittens.examples.gpt2_step import bench as step_bench
 
 SMALL = ['--dataset=tiny', '--device=cpu', '--batch_size=2', '--block_size=16', '--n_layer=2', '--n_head=2',
          '--n_embd=32', '--vocab_size=64', '--steps=3', '--warmup=1']
@@ -132,6 +133,46 @@ def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
 ])
 def test_what_cannot_be_timed_is_refused_in_one_line(flag, words, tiny, run_here):
     assert_refused(run_here('bench.py', *SMALL, flag), words)
+
+
+# -----------------------------------------------------------------------------
+# the table of shapes
+
+def row(way, B, T=1024, size='124M', tokens_per_s=400_000, peak_gib=10.0):
+    return dict(size=size, way=way, batch_size=B, block_size=T, ms_median=30.0, tokens_per_s=tokens_per_s, mfu=0.4,
+                peak_gib=peak_gib, card='a card', torch='2', cuda='13', commit='abc1234',
+                parts_ms={'matmuls': 9, 'idle': 1})
+
+
+def test_the_table_compares_a_row_with_plain_nanogpt_at_its_shape_else_at_its_length(tmp_path):
+    rows = [row('plain', 16), row('fast', 16, tokens_per_s=500_000), row('plain', 4, 4096, tokens_per_s=300_000),
+            row('fast', 4, 4096, tokens_per_s=450_000), row('plain', 8, size='xl', tokens_per_s=10_000),
+            row('fast', 20, size='xl', tokens_per_s=12_000)]
+    lines = step_bench.table(rows).splitlines()
+    assert 'a card, torch 2, CUDA 13, commit abc1234' in lines[0]
+    assert [line.split('|')[-2].strip() for line in lines[4:]] == ['1.00', '1.25', '1.00', '1.50', '1.00', '1.20']
+    step_bench.picture(rows, tmp_path / 'step.png')
+    assert (tmp_path / 'step.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('first', [4, 20, 28, 40])
+def test_the_largest_batch_is_found_from_above_and_from_below(first, monkeypatch):
+    tried = []
+
+    def run(size, way, B, T):
+        tried.append(B)
+        return row(way, B, peak_gib=2.6 * B) if B <= 28 else {} # GiB of 79
+    monkeypatch.setattr(step_bench, 'run', run)
+    assert step_bench.largest('xl', 'fast', first)['batch_size'] == 28
+    assert len(tried) == len(set(tried))
+
+
+def test_what_fails_ends_the_table_with_its_words_and_a_size_must_be_known(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['bench', '--sizes=124M,huge'])
+    with pytest.raises(SystemExit, match="--sizes takes 124M, medium, large, xl, not 'huge'"):
+        step_bench.main()
+    with pytest.raises(SystemExit, match='--steps must be at least 1, not 0'):
+        step_bench.run('124M', 'plain', 1, 16, '--device=cpu', '--steps=0')
 
 
 # -----------------------------------------------------------------------------
