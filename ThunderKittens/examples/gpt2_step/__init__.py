@@ -46,8 +46,7 @@ class TrainStep:
     graphs     whether work is captured the second time that a shape comes
     """
 
-    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16,
-                 graphs=True):
+    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16, graphs=True):
         self.config, self.optimizer, self.grad_clip = model.config, optimizer, grad_clip
         self.residual, self.half = residual, half
         self.attention = causal_attention_qkv if model.config.TK_kernel else sdpa_attention_qkv
