@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ThunderKittens.examples import decode
 from ThunderKittens.examples.attn_causal import causal_attention_qkv
 
 
@@ -303,6 +304,15 @@ class GPT(nn.Module):
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
 
+    def cast_linears(self, dtype):
+        """Linear weights and biases in `dtype`, as autocast casts them at each use, for generation. The head's are no
+        longer the embedding's: that stays float32, as LayerNorms do."""
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return self
+
     def flops_per_token(self, causal=False):
         """
         Training FLOPs of one token, forward and backward: 6N + 12 L H Q T, PaLM's appendix B, arXiv:2204.02311.
@@ -349,33 +359,74 @@ class GPT(nn.Module):
         generate() for prompts of any lengths, a list of (T) int64: yields each row's next token, (B) int64.
 
         Keys and values are kept until the longest row holds block_size tokens. From there on the window moves, every
-        place in it is another one, and as in nanoGPT each new token takes the whole window.
+        place in it is another one, and as in nanoGPT each new token takes the whole window. On a GPU nothing here waits
+        for the device, and a token costs the host one launch: reading the tokens is what waits.
         """
-        device, block_size = prompts[0].device, self.config.block_size
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device) # (B)
-        longest = max(map(len, prompts)) # on the host, which never has to ask the device
-        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True) # (B, T)
-        text = F.pad(text, (0, max_new_tokens)) # room for what comes
+        device, block_size, longest = prompts[0].device, self.config.block_size, max(map(len, prompts))
+        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')
+        text = F.pad(text, (0, max_new_tokens)) # (B, longest + max_new_tokens): all rows' newest stand in one column
+        begin = torch.tensor([longest - len(prompt) for prompt in prompts], device=device) # (B) a row's first column
+        newest = torch.tensor([longest - 1], device=device) # that column; what moves along moves on the device
+        place = newest - begin # (B) the newest token's place in its row
         seeds = row_seeds(seed, len(prompts), device)
         rows = torch.arange(len(prompts), device=device)
-        caches = [LayerCache(min(block_size, longest + max_new_tokens), lengths) for _ in range(self.config.n_layer)]
-        ids = None
-        for n in range(max_new_tokens):
-            if n > 0 and longest + n <= block_size: # the newest token alone, at its own place
-                with sdpa_kernel(WHILE_GENERATING):
-                    x = self.features(ids[:, None], lengths[:, None], caches)[:, 0] # (B, C)
-                lengths += 1
-            else: # each row's window
-                lengths += n > 0
-                first = (lengths - block_size).clamp(min=0) # (B)
-                places = torch.arange(min(longest + n, block_size), device=device) # (T)
-                window = text.gather(1, first[:, None] + places) # (B, T)
-                keep = caches if longest + n <= block_size else None
-                with sdpa_kernel(WHILE_GENERATING):
-                    x = self.features(window, places, keep)[rows, lengths - first - 1] # (B, C)
-            ids = pick(self.lm_head(x), seeds, lengths, **choice)
-            text.scatter_(1, lengths[:, None], ids[:, None])
-            yield ids
+        caches = [LayerCache(min(block_size, longest + max_new_tokens), place) for _ in range(self.config.n_layer)]
+
+        def append(logits): # (B, V)
+            newest.add_(1)
+            place.add_(1)
+            text.index_copy_(1, newest, pick(logits, seeds, place, **choice)[:, None])
+
+        def take_window(T=block_size, keep=None):
+            first = begin + (place + 1 - T).clamp(min=0) # (B) a window's first column
+            places = torch.arange(T, device=device)
+            columns = (first[:, None] + places).clamp(max=text.size(1) - 1) # (B, T); nobody sees what follows a row
+            with sdpa_kernel(WHILE_GENERATING):
+                x = self.features(text.gather(1, columns), places, keep)[rows, newest - first] # (B, C)
+            append(self.lm_head(x))
+
+        def take_newest():
+            append(next_logits(text.index_select(1, newest)[:, 0], place))
+
+        def next_logits(ids, place): # the plain definition
+            with sdpa_kernel(WHILE_GENERATING):
+                return self.lm_head(self.features(ids[:, None], place[:, None], caches)[:, 0])
+
+        if max_new_tokens < 1:
+            return
+        take_window(min(longest, block_size), caches)
+        yield text[:, longest]
+        if not decode.why_unavailable(device.type): # the same in a few kernels
+            next_logits = decode.Step(self, [cache.kv for cache in caches])
+            take_newest = replayed(take_newest, device)
+        if device.type == 'cuda':
+            take_window = replayed(take_window, device)
+        for n in range(1, max_new_tokens):
+            (take_newest if longest + n <= block_size else take_window)()
+            yield text[:, longest + n]
+
+
+def replayed(step, device):
+    """
+    A function that does what step() does, all of whose inputs and outputs are tensors that keep their places: the first
+    call is step() itself, the second captures its kernels in a CUDA graph, and from then on the graph is replayed.
+    """
+    graph, calls = torch.cuda.CUDAGraph(), 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        with torch.cuda.device(device):
+            if calls == 1:
+                return step()
+            if calls == 2:
+                autocast = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
+                                          cache_enabled=False) # its copies of weights would not outlive it
+                stream = torch.cuda.Stream()
+                with autocast, torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+                    step()
+            graph.replay()
+    return call
 
 
 # Every new token is another length, and cuDNN would plan anew for each.
@@ -413,14 +464,17 @@ def pick(logits, seeds, place, temperature=1.0, top_k=None, top_p=None, n_tokens
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+        kth = torch.topk(logits, min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < kth, -float('inf'))
     if top_p is not None:
         p, order = F.softmax(logits, dim=-1).sort(dim=-1, descending=True)
         beyond = p.cumsum(-1) - p >= top_p # the likeliest is always within
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -float('inf'))
     # the largest of logit + Gumbel noise falls on a token with its probability
-    bits = scramble(scramble(seeds + place)[:, None] + torch.arange(logits.size(-1), device=logits.device))
+    seeds = scramble(seeds + place)
+    if not decode.why_unavailable(logits.device.type):
+        return decode.draw(logits, seeds) # the same in two kernels
+    bits = scramble(seeds[:, None] + torch.arange(logits.size(-1), device=logits.device))
     uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23 # (B, V), above 0 and below 1
     return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)
 
