@@ -107,12 +107,14 @@ class LayerCache:
     """
 
     def __init__(self, room, lengths):
-        self.room, self.lengths, self.filled = room, lengths, 0 # filled: tokens of the longest row
+        self.room, self.lengths = room, lengths
+        self.kv, self.filled = None, 0 # filled: tokens of the longest row
 
     def fill(self, qkv, n_head):
         """Keep a prompt's keys and values: qkv (B, T, 3C), rows shorter than T padded on the right."""
         B, T, C3 = qkv.shape
-        self.kv = qkv.new_zeros(2, B, n_head, self.room, C3 // 3 // n_head) # (2, B, nh, room, hs)
+        if self.kv is None:
+            self.kv = qkv.new_zeros(2, B, n_head, self.room, C3 // 3 // n_head) # (2, B, nh, room, hs)
         self.kv[:, :, :, :T] = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)[1:]
         self.filled = T
 
@@ -123,7 +125,7 @@ class LayerCache:
         rows = torch.arange(B, device=q.device)
         self.kv[0, rows, :, self.lengths] = k # over the padding of a shorter row
         self.kv[1, rows, :, self.lengths] = v
-        self.filled += 1
+        self.filled = min(self.filled + 1, self.room)
         k, v = self.kv[..., :self.filled, :] # (B, nh, filled, hs) each
         seen = torch.arange(self.filled, device=q.device) <= self.lengths[:, None] # (B, filled)
         y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None]) # (B, nh, 1, hs)
@@ -162,7 +164,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.writers = config, {}
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -359,54 +361,106 @@ class GPT(nn.Module):
         generate() for prompts of any lengths, a list of (T) int64: yields each row's next token, (B) int64.
 
         Keys and values are kept until the longest row holds block_size tokens. From there on the window moves, every
-        place in it is another one, and as in nanoGPT each new token takes the whole window. On a GPU nothing here waits
-        for the device, and a token costs the host one launch: reading the tokens is what waits.
+        place in it is another one, and as in nanoGPT each new token takes the whole window. On a GPU a token costs the
+        host the replay of a CUDA graph, and nothing here waits for the device: reading a token is what waits.
         """
-        device, block_size, longest = prompts[0].device, self.config.block_size, max(map(len, prompts))
-        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')
-        text = F.pad(text, (0, max_new_tokens)) # (B, longest + max_new_tokens): all rows' newest stand in one column
-        begin = torch.tensor([longest - len(prompt) for prompt in prompts], device=device) # (B) a row's first column
-        newest = torch.tensor([longest - 1], device=device) # that column; what moves along moves on the device
-        place = newest - begin # (B) the newest token's place in its row
-        seeds = row_seeds(seed, len(prompts), device)
-        rows = torch.arange(len(prompts), device=device)
-        caches = [LayerCache(min(block_size, longest + max_new_tokens), place) for _ in range(self.config.n_layer)]
-
-        def append(logits): # (B, V)
-            newest.add_(1)
-            place.add_(1)
-            text.index_copy_(1, newest, pick(logits, seeds, place, **choice)[:, None])
-
-        def take_window(T=block_size, keep=None):
-            first = begin + (place + 1 - T).clamp(min=0) # (B) a window's first column
-            places = torch.arange(T, device=device)
-            columns = (first[:, None] + places).clamp(max=text.size(1) - 1) # (B, T); nobody sees what follows a row
-            with sdpa_kernel(WHILE_GENERATING):
-                x = self.features(text.gather(1, columns), places, keep)[rows, newest - first] # (B, C)
-            append(self.lm_head(x))
-
-        def take_newest():
-            append(next_logits(text.index_select(1, newest)[:, 0], place))
-
-        def next_logits(ids, place): # the plain definition
-            with sdpa_kernel(WHILE_GENERATING):
-                return self.lm_head(self.features(ids[:, None], place[:, None], caches)[:, 0])
-
         if max_new_tokens < 1:
             return
-        take_window(min(longest, block_size), caches)
-        yield text[:, longest]
-        if not decode.why_unavailable(device.type): # the same in a few kernels
-            next_logits = decode.Step(self, [cache.kv for cache in caches])
-            take_newest = replayed(take_newest, device)
-        if device.type == 'cuda':
-            take_window = replayed(take_window, device)
-        for n in range(1, max_new_tokens):
-            (take_newest if longest + n <= block_size else take_window)()
-            yield text[:, longest + n]
+        device, block_size, longest = prompts[0].device, self.config.block_size, max(map(len, prompts))
+        T, new = longest, max_new_tokens
+        if can_replay(device): # what is captured serves all prompts of about this length
+            T, new = (-(-n // 64) * 64 for n in (longest, max_new_tokens))
+        key = str((device, len(prompts), T, new, sorted(choice.items()), self.training,
+                   torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
+                   torch.get_float32_matmul_precision(), [block.attn.TK_kernel for block in self.transformer.h],
+                   [p.data_ptr() for p in self.parameters()])) # all that a captured graph depends on
+        writer = self.writers.pop(key, None) # nobody else's while this one writes
+        if writer is None:
+            self.writers.clear() # and with it the memory
+            writer = Writer(self, len(prompts), T, new, choice, device)
+        writer.begin(prompts, seed)
+        try:
+            for n in range(max_new_tokens):
+                way = 'prompt' if n == 0 else 'newest' if longest + n <= block_size else 'window'
+                writer.take[way]()
+                yield writer.text[:, T + n].clone()
+        except GeneratorExit: # enough has been read
+            pass
+        if can_replay(device) and not writer.casts:
+            self.writers[key] = writer
 
 
-def replayed(step, device):
+class Writer:
+    """
+    Rows of text that grow by a token each at a time, in tensors that keep their places, so that on a GPU each of the
+    three ways to the next token becomes a CUDA graph: take['prompt'], then take['newest'] or take['window'].
+
+    T    columns for the prompts, which stand at their right end: all rows' newest tokens share a column
+    new  columns after them
+    """
+
+    def __init__(self, model, B, T, new, choice, device):
+        self.model, self.choice, self.device, self.casts = model, choice, device, False
+        self.T, self.block_size = T, model.config.block_size
+        self.text = torch.zeros(B, T + new, dtype=torch.long, device=device)
+        self.counters = torch.zeros(1 + B, dtype=torch.long, device=device)
+        self.newest, self.place = self.counters[:1], self.counters[1:] # the newest token's column; its place in a row
+        self.rows, self.seeds = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
+        self.caches = [LayerCache(min(self.block_size, T + new), self.place) for _ in model.transformer.h]
+        self.step = None
+        self.take = {'prompt': self.take_prompt, 'newest': self.take_newest, 'window': self.take_window}
+        if can_replay(device):
+            self.take['prompt'], self.take['window'] = replayed(self.take_prompt), replayed(self.take_window)
+            if not decode.why_unavailable(device.type):
+                self.take['newest'] = replayed(self.take_newest_by_kernels)
+
+    def begin(self, prompts, seed):
+        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')
+        self.text[:, self.T - text.size(1):self.T] = text
+        self.counters.copy_(torch.tensor([self.T - 1] + [len(prompt) - 1 for prompt in prompts]))
+        self.seeds.copy_(row_seeds(seed, len(prompts), self.device))
+
+    def append(self, logits):
+        """Draw each row's next token: logits (B, V)."""
+        self.counters.add_(1)
+        self.text.index_copy_(1, self.newest, pick(logits, self.seeds, self.place, **self.choice)[:, None])
+
+    def take_window(self, T=None, caches=None):
+        """The last T tokens of each row, all of a shorter one."""
+        T = T or self.block_size
+        first = self.newest - self.place + (self.place + 1 - T).clamp(min=0) # (B) a window's first column
+        places = torch.arange(T, device=self.device)
+        columns = (first[:, None] + places).clamp(max=self.text.size(1) - 1) # (B, T); none sees what follows a row
+        with sdpa_kernel(WHILE_GENERATING):
+            x = self.model.features(self.text.gather(1, columns), places, caches)[self.rows, self.newest - first]
+        self.append(self.model.lm_head(x))
+
+    def take_prompt(self):
+        """The prompts, whose keys and values are kept."""
+        for cache in self.caches:
+            cache.filled = 0
+        self.take_window(min(self.T, self.block_size), self.caches)
+
+    def take_newest(self):
+        """The newest tokens alone, at their own places, looking back at what is kept."""
+        ids, place = self.text.index_select(1, self.newest), self.place[:, None] # (B, 1) each
+        with sdpa_kernel(WHILE_GENERATING):
+            x = self.model.features(ids, place, self.caches)[:, 0] # (B, C)
+        self.append(self.model.lm_head(x))
+
+    def take_newest_by_kernels(self):
+        """The same in few kernels."""
+        if self.step is None:
+            self.step = decode.Step(self.model, [cache.kv for cache in self.caches])
+            self.casts = self.caches[0].kv.dtype != self.model.lm_head.weight.dtype
+        self.append(self.step(self.text, self.newest, self.place))
+
+
+def can_replay(device):
+    return device.type == 'cuda'
+
+
+def replayed(step):
     """
     A function that does what step() does, all of whose inputs and outputs are tensors that keep their places: the first
     call is step() itself, the second captures its kernels in a CUDA graph, and from then on the graph is replayed.
@@ -416,16 +470,14 @@ def replayed(step, device):
     def call():
         nonlocal calls
         calls += 1
-        with torch.cuda.device(device):
-            if calls == 1:
-                return step()
-            if calls == 2:
-                autocast = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
-                                          cache_enabled=False) # its copies of weights would not outlive it
-                stream = torch.cuda.Stream()
-                with autocast, torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
-                    step()
-            graph.replay()
+        if calls == 1:
+            return step()
+        if calls == 2:
+            autocast = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
+                                      cache_enabled=False) # its copies of weights would not outlive it
+            with autocast, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode='thread_local'):
+                step()
+        graph.replay()
     return call
 
 
@@ -462,19 +514,18 @@ def pick(logits, seeds, place, temperature=1.0, top_k=None, top_p=None, n_tokens
     logits = logits[:, :n_tokens].float()
     if temperature == 0:
         return logits.argmax(dim=-1)
+    if top_p is None and not decode.why_unavailable(logits.device.type):
+        return decode.draw(logits, seeds + place, temperature, top_k) # the same in few kernels
     logits = logits / temperature
     if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)
+        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -float('inf'))
     if top_p is not None:
         p, order = F.softmax(logits, dim=-1).sort(dim=-1, descending=True)
         beyond = p.cumsum(-1) - p >= top_p # the likeliest is always within
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -float('inf'))
     # the largest of logit + Gumbel noise falls on a token with its probability
-    seeds = scramble(seeds + place)
-    if not decode.why_unavailable(logits.device.type):
-        return decode.draw(logits, seeds) # the same in two kernels
-    bits = scramble(seeds[:, None] + torch.arange(logits.size(-1), device=logits.device))
+    bits = scramble(scramble(seeds + place)[:, None] + torch.arange(logits.size(-1), device=logits.device))
     uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23 # (B, V), above 0 and below 1
     return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)
 

@@ -12,10 +12,9 @@ import os
 import shutil
 
 import torch
-import torch.nn.functional as F
 
-FEW_ROWS = 4 # up to so many rows each reads the matrices for itself, through L2; above, a matrix product is faster
-PROGRAMS = 128 # an attention is cut into runs until there are about so many programs, one a multiprocessor
+FEW_ROWS = 2 # up to so many rows each reads the matrices for itself, through L2; above, a matrix product is faster
+PROGRAMS = 128 # work is cut until there are about so many programs, one a multiprocessor
 
 
 @functools.cache
@@ -25,8 +24,8 @@ def why_unavailable(device_type='cuda'):
         return f"they run on a CUDA device, not on {device_type}"
     if importlib.util.find_spec('triton') is None:
         return "Triton is not installed"
-    if torch.cuda.get_device_capability() < (7, 0):
-        return "Triton needs compute capability 7.0"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "they need compute capability 8.0"
     if not (os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')):
         return "Triton needs a C compiler"
     return ''
@@ -51,11 +50,12 @@ class Step:
         self.ln_f, self.head = norm(model.transformer.ln_f), linear(model.lm_head)
         self.gelu = model.config.gelu
 
-    def __call__(self, ids, places):
-        """ids (B) int64 at places (B) int64 -> (B, V) logits."""
-        x = (self.wte[ids] + self.wpe[places]).float() # (B, C), the residual stream
-        with torch.autocast('cuda', enabled=False):
-            return (self.few_rows if len(ids) <= FEW_ROWS else self.many_rows)(x, places)
+    def __call__(self, text, newest, places):
+        """(B, V) logits after the token in column `newest` (1) of text (B, width), which is at places (B); int64."""
+        B, C = len(text), self.wte.size(1)
+        x = torch.empty(B, C, device=text.device) # the residual stream
+        launch('embed', (B,), text, text.size(1), newest, places, self.wte, self.wpe, x, C=C, COLS=power_of_two(C))
+        return (self.few_rows if B <= FEW_ROWS else self.many_rows)(x, places)
 
     def few_rows(self, x, places):
         for ln_1, c_attn, c_proj, ln_2, c_fc, mlp_proj, kv in self.layers:
@@ -65,13 +65,13 @@ class Step:
         return matvec(x, self.head, norm=self.ln_f)
 
     def many_rows(self, x, places):
-        y = None
+        y, dtype = None, self.layers[0][-1].dtype
         for ln_1, c_attn, c_proj, ln_2, c_fc, mlp_proj, kv in self.layers:
-            qkv = F.linear(add_norm(x, y, ln_1, kv.dtype), *c_attn) # (B, 3C)
-            y = F.linear(attend(qkv, kv, places)[0], *c_proj) # (B, C)
-            h = F.gelu(F.linear(add_norm(x, y, ln_2, kv.dtype), *c_fc), approximate=self.gelu) # (B, 4C)
-            y = F.linear(h, *mlp_proj) # (B, C)
-        return F.linear(add_norm(x, y, self.ln_f, kv.dtype), *self.head)
+            qkv = matmul(add_norm(x, y, ln_1, dtype), c_attn, dtype)
+            y = matmul(attend(qkv, kv, places)[0], c_proj, parts=True)
+            h = matmul(add_norm(x, y, ln_2, dtype), c_fc, dtype, gelu=self.gelu)
+            y = matmul(h, mlp_proj, parts=True)
+        return matmul(add_norm(x, y, self.ln_f, dtype), self.head)
 
 
 def launch(kernel, grid, *args, **shape):
@@ -101,15 +101,35 @@ def matvec(x, linear, norm=None, lse=None, gelu=None, add_to=None):
     rows = max(1, min(8, 16384 // cols))
     n_head, splits = lse.shape[1:] if lse is not None else (1, 1)
     launch('matvec', (-(-N // rows), len(x)), x, lse, gain, shift, weight, bias, out, N, K=K, HS=K // n_head,
-           SPLITS=splits, GELU=gelu, ADD=add_to is not None, ROWS=rows, COLS=cols, num_warps=8 if cols > 1024 else 4)
+           SPLITS=splits, GELU=gelu, ADD=add_to is not None, ROWS=rows, COLS=cols, num_warps=8)
     return out
 
 
+def matmul(x, linear, dtype=torch.float32, gelu=None, parts=False):
+    """
+    gelu(linear(x)) of many rows: x (B, K) -> (B, N) in `dtype`; or (parts, B, N), whose sum it is, so that a matrix
+    of few rows too is read by about as many programs as there are multiprocessors.
+    """
+    weight, bias = linear
+    (B, K), N = x.shape, len(weight)
+    rows, cols, block = max(16, min(64, power_of_two(B))), 32, 256 // weight.element_size()
+    stages = 4 # of x and the weights in shared memory: 96 KiB, which every GPU from compute capability 8.0 on has
+    if N > 16384:
+        cols, stages = 64, 3
+    grid = -(-N // cols), -(-B // rows)
+    splits = max(1, min(4, PROGRAMS // (grid[0] * grid[1]))) if parts else 1
+    out = torch.empty(splits, B, N, dtype=dtype, device=x.device)
+    part = -(-K // (splits * block)) * block
+    launch('matmul', (*grid, splits), x, weight, bias, out, B, N, K=K, SPLITS=splits, GELU=gelu, ROWS=rows, COLS=cols,
+           BLOCK=block, LINES=power_of_two(part) * weight.element_size() // 128, num_warps=4, num_stages=stages)
+    return out if parts else out[0]
+
+
 def add_norm(x, y, norm, dtype):
-    """LayerNorm(x += y) in `dtype`: x (B, C) float32, y (B, C) or None."""
-    out = torch.empty_like(x, dtype=dtype)
-    cols = power_of_two(x.size(1))
-    launch('add_norm', (len(x),), x, y, *norm, out, C=x.size(1), COLS=cols, num_warps=4)
+    """LayerNorm(x += y's parts) in `dtype`: x (B, C) float32, y (parts, B, C) float32 or None -> (B, C)."""
+    (B, C), out = x.shape, torch.empty_like(x, dtype=dtype)
+    launch('add_norm', (B,), x, y, *norm, out, B, C=C, SPLITS=0 if y is None else len(y), COLS=power_of_two(C),
+           num_warps=4)
     return out
 
 
@@ -127,19 +147,24 @@ def attend(qkv, kv, places):
     out = qkv.new_empty(B, splits, n_head * hs, dtype=torch.float32 if splits > 1 else kv.dtype)
     lse = qkv.new_empty(B, n_head, splits, dtype=torch.float32) if splits > 1 else None
     launch('attend', (splits, n_head, B), qkv, *kv, places, out, lse, room, math.log2(math.e) / math.sqrt(hs),
-           HEADS=n_head, HS=hs, D=power_of_two(hs), SPLITS=splits, BLOCK=64, num_warps=4)
+           HEADS=n_head, HS=hs, D=power_of_two(hs), SPLITS=splits, BLOCK=32, num_warps=4)
     return (out, lse) if splits > 1 else (out[:, 0], None)
 
 
-def draw(logits, seeds, block=2048):
+def draw(logits, seeds, temperature, top_k=None, block=2048):
     """
-    The token whose logit + Gumbel noise is the largest, which falls on it with its probability: logits (B, V), -inf for
-    what must not be drawn; seeds (B) int64, scrambled -> (B) int64. The noise is model.pick's.
+    The token whose logit / temperature + Gumbel noise is the largest, which falls on it with its probability; among the
+    top_k likeliest. logits (B, V), seeds (B) int64, other ones at each place -> (B) int64. The noise is model.pick's.
     """
     from . import kernels
-    B, V = logits.shape
+    (B, V), device, kth = logits.shape, logits.device, None
+    if top_k is not None and top_k < V:
+        kth = torch.empty(B, dtype=torch.int32, device=device)
+        cols = power_of_two(V)
+        warps = max(4, min(32, cols // 2048))
+        kernels.kth_largest[B,](logits, logits.stride(0), kth, V, top_k, COLS=cols, num_warps=warps)
     blocks = -(-V // block)
-    best = torch.empty(B, blocks, device=logits.device)
-    token = torch.empty(B, blocks, dtype=torch.long, device=logits.device)
-    kernels.draw[blocks, B](logits, logits.stride(0), seeds, best, token, V, BLOCK=block)
+    best = torch.empty(B, blocks, device=device)
+    token = torch.empty(B, blocks, dtype=torch.long, device=device)
+    kernels.draw[blocks, B](logits, logits.stride(0), kth, seeds, best, token, V, 1 / temperature, BLOCK=block)
     return token.gather(1, best.argmax(1, keepdim=True))[:, 0]

@@ -2,8 +2,8 @@
 The decoding step's kernels, in Triton.       letters: B rows, C channels, hs head size, V vocabulary
 
 A step is a chain of some hundred short kernels, so what counts is how soon the next one is at work. Each is launched
-while the one before it still runs (programmatic dependent launch, PDL): it loads its weights, which no kernel writes,
-and only then waits for what the one before it leaves. A kernel that waits has its weights in registers by then.
+while the one before it still runs (programmatic dependent launch, PDL): it loads what no kernel of the step writes, its
+weights and the kept keys and values, and only then waits for what the one before it leaves.
 """
 import triton
 import triton.language as tl
@@ -29,6 +29,26 @@ def layer_norm(x, gain, bias, real, SIZE: tl.constexpr):
     """The LayerNorm of one row, x zero beyond SIZE."""
     off = tl.where(real, x - tl.sum(x, 0) / SIZE, 0.)
     return off * tl.rsqrt(tl.sum(off * off, 0) / SIZE + 1e-5) * gain + bias
+
+
+@triton.jit
+def gelu(x, KIND: tl.constexpr):
+    """nn.GELU(approximate=KIND); KIND None is no GELU at all."""
+    if KIND == 'tanh':
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) # 2 sqrt(2 / pi)
+    elif KIND == 'none':
+        x *= 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    return x
+
+
+@triton.jit
+def embed(text, width, newest, places, wte, wpe, x, C: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    """x = wte[the newest token] + wpe[its place]        a program: one row"""
+    row, c = tl.program_id(0), tl.arange(0, COLS)
+    real = c < C
+    wait(PDL)
+    token, place = tl.load(text + row * width + tl.load(newest)), tl.load(places + row)
+    tl.store(x + row * C + c, load(wte, token * C + c, real) + load(wpe, place * C + c, real), mask=real)
 
 
 @triton.jit
@@ -65,10 +85,7 @@ def matvec(x, lse, gain, shift, weight, bias, out, N, K: tl.constexpr, HS: tl.co
     if gain is not None:
         a = layer_norm(a, gains, shifts, real, K)
     y = tl.sum(w.to(tl.float32) * a[None, :], 1) + b
-    if GELU == 'tanh':
-        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y)) # 2 sqrt(2 / pi)
-    elif GELU == 'none':
-        y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
+    y = gelu(y, GELU)
     out += row * N + n
     if ADD:
         y += tl.load(out, mask=n < N, other=0.)
@@ -76,14 +93,46 @@ def matvec(x, lse, gain, shift, weight, bias, out, N, K: tl.constexpr, HS: tl.co
 
 
 @triton.jit
-def add_norm(x, y, gain, bias, out, C: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
-    """x += y where there is a y, out = LayerNorm(x)        a program: one row"""
+def matmul(x, weight, bias, out, B, N, K: tl.constexpr, SPLITS: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
+           COLS: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):
+    """
+    out[b][n] = gelu(sum_k x[b][k] weight[n][k] + bias[n])     a program: ROWS of B, COLS of N, one of SPLITS parts of K
+
+    Each part is a matrix of its own in out, (SPLITS, B, N); the first has the bias.
+    """
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    split, here = tl.program_id(2), n < N
+    part: tl.constexpr = (K + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK # of K
+    first, end = split * part, tl.minimum(split * part + part, K)
+    y0 = load(bias, n, here & (split == 0))
+    if PDL: # the weights come as far as L2
+        at = first + tl.arange(0, LINES) * (1024 // weight.dtype.element_ty.primitive_bitwidth) # 128 bytes each
+        lines = weight + tl.where(here, n, 0)[:, None] * K + tl.where(at < end, at, 0)[None, :]
+        tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], tl.int32,
+                                  is_pure=False, pack=1)
+    wait(PDL)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in tl.range(first, end, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        a = tl.load(x + b[:, None] * K + k[None, :], mask=(b < B)[:, None] & (k < end)[None, :], other=0.)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=here[:, None] & (k < end)[None, :], other=0.)
+        acc = tl.dot(a, w.T, acc, input_precision='ieee')
+    y = gelu(acc + y0[None, :], GELU)
+    tl.store(out + (split * B + b).to(tl.int64)[:, None] * N + n[None, :], y, mask=(b < B)[:, None] & here[None, :])
+
+
+@triton.jit
+def add_norm(x, y, gain, bias, out, B, C: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    """x += the sum of y's SPLITS parts, where there is a y; out = LayerNorm(x)        a program: one row"""
     c = tl.arange(0, COLS)
     real, at = c < C, tl.program_id(0) * C + c
     gains, shifts = load(gain, c, real), load(bias, c, real)
     wait(PDL)
-    a = load(x, at, real) + load(y, at, real)
+    a = load(x, at, real)
     if y is not None:
+        for split in tl.static_range(SPLITS):
+            a += load(y, split * B * C + at, real)
         tl.store(x + at, a, mask=real)
     tl.store(out + at, layer_norm(a, gains, shifts, real, C), mask=real)
 
@@ -100,31 +149,35 @@ def attend(qkv, keys, values, places, out, lse, room, scale_log2, HEADS: tl.cons
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d, real = tl.arange(0, D), tl.arange(0, D) < HS
-    wait(PDL)
     place = tl.load(places + row).to(tl.int32)
+    kept = (row * HEADS + head).to(tl.int64) * room * HS
+    keys += kept
+    values += kept
+    run = tl.cdiv(place, SPLITS)
+    first, end = split * run, tl.minimum(split * run + run, place)
+    t = first + tl.arange(0, BLOCK)
+    mask = (t < end)[:, None] & real[None, :]
+    k = tl.load(keys + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+    v = tl.load(values + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+    wait(PDL)
     qkv += row * 3 * HEADS * HS + head * HS + d
     q = tl.load(qkv, mask=real, other=0.).to(tl.float32) * scale_log2
     new_k = tl.load(qkv + HEADS * HS, mask=real, other=0.).to(keys.dtype.element_ty)
     new_v = tl.load(qkv + 2 * HEADS * HS, mask=real, other=0.).to(keys.dtype.element_ty)
-    kept = (row * HEADS + head).to(tl.int64) * room * HS
-    keys += kept
-    values += kept
     top = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    run = tl.cdiv(tl.cdiv(place, SPLITS), BLOCK) * BLOCK
-    end = tl.minimum(split * run + run, place)
-    for start in tl.range(split * run, end, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        at, mask = t[:, None] * HS + d[None, :], (t < end)[:, None] & real[None, :]
-        k = tl.load(keys + at, mask=mask, other=0.)
-        v = tl.load(values + at, mask=mask, other=0.)
-        score = tl.where(t < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float('inf'))
+    for start in tl.range(first, end, BLOCK):
+        t = start + BLOCK + tl.arange(0, BLOCK)
+        mask = (t < end)[:, None] & real[None, :]
+        next_k = tl.load(keys + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+        next_v = tl.load(values + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+        score = tl.where(t - BLOCK < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float('inf'))
         higher = tl.maximum(top, score)
         shrink, p = tl.exp2(top - higher), tl.exp2(score - higher)
         total = total * shrink + p
         acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
-        top = higher
+        top, k, v = higher, next_k, next_v
     # the newest token belongs to the first run
     score = tl.where(split == 0, tl.sum(q * new_k.to(tl.float32), 0), -1e30)
     tl.store(keys + place * HS + d, new_k, mask=real & (split == 0))
@@ -148,14 +201,43 @@ def scramble(x):
 
 
 @triton.jit
-def draw(logits, stride, seeds, best, token, V, BLOCK: tl.constexpr):
-    """The largest of logit + Gumbel noise, and whose it is, among BLOCK tokens of a row."""
+def sort_key(x):
+    """int32 that are in order as the float32 x are."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def kth_largest(logits, stride, kth, V, TOP_K, COLS: tl.constexpr):
+    """
+    A number that exactly the TOP_K largest of a row reach, or, of equal ones, more.        a program: one row
+
+    By halving what lies between the smallest and the largest, as integers in the order of the floats.
+    """
+    row, v = tl.program_id(0), tl.arange(0, COLS)
+    x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf'))
+    key = sort_key(x.to(tl.float32))
+    low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1 # reached by TOP_K or more, by fewer
+    reached = TOP_K + 1
+    while (high - low > 1) & (reached != TOP_K):
+        middle = (low + high) >> 1
+        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low, high = tl.where(reached >= TOP_K, middle, low), tl.where(reached >= TOP_K, high, middle)
+    tl.store(kth + row, low.to(tl.int32))
+
+
+@triton.jit
+def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr):
+    """The largest of logit * warmth + Gumbel noise, and whose it is, among BLOCK tokens of a row."""
     block, row = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
-    bits = scramble(tl.load(seeds + row).to(tl.uint64, bitcast=True) + v.to(tl.uint64))
+    bits = scramble(scramble(tl.load(seeds + row).to(tl.uint64, bitcast=True)) + v.to(tl.uint64))
     uniform = (((bits >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    score = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
-    largest, where = tl.max(score - tl.log(-tl.log(uniform)), 0, return_indices=True)
+    logit = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
+    score = logit * warmth - tl.log(-tl.log(uniform))
+    if kth is not None:
+        score = tl.where(sort_key(logit) >= tl.load(kth + row), score, -float('inf'))
+    largest, where = tl.max(score, 0, return_indices=True)
     at = row * tl.num_programs(0) + block
     tl.store(best + at, largest)
     tl.store(token + at, (block * BLOCK + where).to(tl.int64))
