@@ -216,6 +216,24 @@ def test_inference_refuses_what_it_cannot_do_in_one_line(flag, words, gpt2_folde
     assert_refused(run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', flag), words)
 
 
+def test_inference_times_all_ways_over_batch_sizes_and_writes_a_table_and_a_picture(tmp_path, run_here):
+    ran = run_here('inference.py', '--bench=True', '--device=cpu', '--max_new_tokens=6', '--sizes=1x1x8 1x2x16',
+                   '--batches=1 2', '--prompts=1 3', '--repeats=1', f'--out_dir={tmp_path}')
+    found = json.loads((tmp_path / 'generation.json').read_text())
+    assert [(row['size'], row['batch'], row['prompt'], 'transformers' in row) for row in found['speeds']] == [
+        *(('1x1x8', B, T, True) for B in (1, 2) for T in (1, 3)), ('1x2x16', 1, 1, False), ('1x2x16', 1, 3, False)]
+    assert all(row['this'] > 0 for row in found['speeds']) and found['first_token_ms'] > 0
+    assert 0.1 < found['cold_start_s'] < 60 # a process that only imports torch takes longer
+    assert '| 1x1x8 | 2 | 3 |' in ran.out and (tmp_path / 'generation.png').read_bytes()[1:4] == b'PNG'
+    page = tmp_path / 'page.md'
+    page.write_text('a\n<!-- generation begin -->\nold\n<!-- generation end -->\nb\n')
+    ran.names['write_between_markers'](page, 'new')
+    assert page.read_text() == 'a\n<!-- generation begin -->\nnew\n<!-- generation end -->\nb\n'
+    page.write_text('a\n')
+    with pytest.raises(SystemExit, match='lacks the lines'):
+        ran.names['write_between_markers'](page, 'new')
+
+
 # -----------------------------------------------------------------------------
 # on an H100
 

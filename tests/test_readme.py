@@ -145,6 +145,9 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
     (r'(\w+=1 )?torchrun .*train\.py .*', torchrun, 'step 2: train loss '),
     (r'python sample\.py --init_from=gpt2\S* .*', with_flags(*SPEAK, LOCAL), '---------------'),
     (r'python sample\.py .*', with_flags(*SPEAK), '---------------'),
+    (r'python inference\.py --bench=True .*', with_flags('--device=cpu', '--max_new_tokens=8', '--sizes=1x1x8',
+                                                         '--batches=1', '--prompts=4', '--repeats=1', '--readme=False'),
+     '| 1x1x8 | 1 | 4 |'),
     (r'python inference\.py.*', with_flags(*SPEAK, LOCAL), '"tokens_per_s": '),
 ]
 GPT2_TOKENS = r'.*(gpt2|shakespeare/|finetune|out-shakespeare$|inference|openwebtext|export|hellaswag).*'
