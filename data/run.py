@@ -5,6 +5,7 @@ What a run leaves in out_dir.
     best.pt         the lowest val loss so far
     last-STEP.pt    the newest few, to go on from; they and the two above share their bytes on the disk
     log.csv         a row for every line that train.py prints
+    machine.txt     a line for every start: the step, the card, the versions, the commit
     loss.png        the loss curves so far
 
 and how it is stopped: StopSignal.
@@ -16,7 +17,9 @@ when it is read, and read without running anything that it holds.
 import csv
 import os
 import pickle
+import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +27,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -32,6 +36,9 @@ import torch.distributed as dist
 from configurator import choose
 from data.tokens import read_meta
 from model import GPT
+
+
+PINNED_bytes = 32 << 20 # of host memory that a GPU writes to directly
 
 
 class Checkpoints:
@@ -45,13 +52,19 @@ class Checkpoints:
 
     def __init__(self, out_dir, keep_last, say):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
+        self.said_no_room = False
+        on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
+        self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
         for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
             part.unlink(missing_ok=True)
 
     def save(self, checkpoint, names):
         """Copy the checkpoint as it is now, and write it as last-STEP.pt and under each of `names`."""
         self.wait() # two at a time would only share the disk
-        copied, arrived = _copy(checkpoint)
+        copied, arrived, had_room = _copy(checkpoint)
+        if not (had_room or self.said_no_room):
+            self.say("the GPU has no room for a copy of the checkpoint: training waits while one goes to the host")
+            self.said_no_room = True
         self.thread = threading.Thread(target=self._write, args=(copied, arrived, names))
         self.thread.start()
 
@@ -64,7 +77,7 @@ class Checkpoints:
     def _write(self, checkpoint, arrived, names):
         last = self.out_dir / f"last-{checkpoint['iter_num']:08d}.pt"
         try:
-            _replace(last, lambda part: _torch_save(_to_cpu(checkpoint, arrived), part))
+            _replace(last, lambda part: _torch_save(_to_host(checkpoint, arrived, self.pinned), part))
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
             for old in sorted(self.out_dir.glob('last-*.pt'))[:-self.keep_last]:
@@ -114,35 +127,59 @@ def _map_tensors(value, f):
 
 def _copy(checkpoint):
     """
-    The checkpoint with its tensors copied where they are, and the event after which the copies are complete (None
-    on a CPU). On a GPU with less room than the copies need, they go to the host at once, and training waits.
+    The checkpoint with copies of its tensors, all those of a GPU side by side in one piece of its memory: a second
+    copy there takes a millisecond a gigabyte, the way to the host hundreds.
+
+    returns  (checkpoint, event, had_room): on a GPU the copies are complete after the event, elsewhere it is None; a
+             GPU without room for them has them on the host at once
     """
-    seen = {} # tied weights stay tied
-    tensors = []
-    _map_tensors(checkpoint, lambda t: tensors.append(t) or t)
-    on_gpu = [t for t in tensors if t.is_cuda]
-    room = not on_gpu or torch.cuda.mem_get_info(on_gpu[0].device)[0] > 1.1 * sum(t.nbytes for t in on_gpu)
+    tensors = {} # tied weights stay tied
+    _map_tensors(checkpoint, lambda t: tensors.setdefault(_place(t), t.detach()))
+    on_gpu = {place: t for place, t in tensors.items() if t.is_cuda}
+    ends = list(accumulate(-t.nbytes % 16 + t.nbytes for t in on_gpu.values())) # each begins where any dtype may
+    had_room = not on_gpu or torch.cuda.mem_get_info()[0] > 1.1 * ends[-1]
+    copies = {place: t.cpu() if t.is_cuda else t.clone() for place, t in tensors.items()
+              if not (had_room and t.is_cuda)}
+    event = None
+    if on_gpu and had_room:
+        memory = torch.empty(ends[-1], dtype=torch.uint8, device=next(iter(on_gpu.values())).device)
+        for (place, t), start in zip(on_gpu.items(), [0, *ends]):
+            copies[place] = memory[start:start + t.nbytes].view(t.dtype).view(t.shape)
+        torch._foreach_copy_([copies[place] for place in on_gpu], list(on_gpu.values()))
+        event = torch.cuda.current_stream().record_event()
+    return _map_tensors(checkpoint, lambda t: copies[_place(t)]), event, had_room
 
-    def copy(t):
-        if t.data_ptr() not in seen or seen[t.data_ptr()].shape != t.shape:
-            seen[t.data_ptr()] = t.detach().clone() if room else t.detach().cpu()
-        return seen[t.data_ptr()]
-    return _map_tensors(checkpoint, copy), torch.cuda.current_stream().record_event() if on_gpu else None
+
+def _place(t):
+    """What two tensors that are the same one have in common."""
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
-def _to_cpu(checkpoint, arrived):
-    """The copies on the host, moved on a stream of their own so that training does not wait."""
-    if arrived is None:
+def _to_host(checkpoint, event, pinned):
+    """
+    The checkpoint on the host, for the thread that writes it. On a stream of its own and by way of pinned memory, or
+    the driver would keep the training from launching its kernels until the last byte is there.
+    """
+    if event is None:
         return checkpoint
-    seen = {}
+    on_host = {}
 
     def move(t):
-        if t.is_cuda and t.data_ptr() not in seen:
-            seen[t.data_ptr()] = t.cpu()
-        return seen[t.data_ptr()] if t.is_cuda else t
-    with torch.cuda.stream(torch.cuda.Stream(arrived.device)):
-        arrived.wait()
+        if t.is_cuda and _place(t) not in on_host:
+            on_host[_place(t)] = host = torch.empty(t.shape, dtype=t.dtype)
+            for source, target in zip(_as_bytes(t).split(len(pinned)), _as_bytes(host).split(len(pinned))):
+                pinned[:len(source)].copy_(source, non_blocking=True)
+                stream.synchronize()
+                target.numpy()[:] = pinned[:len(source)].numpy() # by one core: torch's copy would take them all
+        return on_host[_place(t)] if t.is_cuda else t
+    stream = torch.cuda.Stream(event.device)
+    with torch.cuda.stream(stream):
+        event.wait()
         return _map_tensors(checkpoint, move)
+
+
+def _as_bytes(t):
+    return t.reshape(-1).view(torch.uint8)
 
 
 def newest_checkpoint(out_dir, say):
@@ -235,7 +272,8 @@ def _why_damaged(path):
 
 class RunLog:
     """
-    log.csv, loss.png and, if asked for, wandb. A disk or a network that refuses is a warning, and the run goes on.
+    log.csv, machine.txt, loss.png and, if asked for, wandb. A disk or a network that refuses is a warning, and the run
+    goes on.
 
     out_dir     the folder; it exists
     first_step  rows of an earlier run before this step are kept, 0 starts anew
@@ -247,8 +285,14 @@ class RunLog:
     def __init__(self, out_dir, first_step, title, say):
         self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
         self.title, self.say, self.wandb_run, self.warned = title, say, None, set()
+        self.no_drawing_before, self.undrawn = 0.0, False
         self.rows = self._read(first_step) if first_step else []
         self._write('w', [dict(zip(self.FIELDS, self.FIELDS)), *self.rows])
+        try:
+            with open(Path(out_dir, 'machine.txt'), 'a' if first_step else 'w') as f:
+                f.write(f"step {first_step}: {machine()}\n")
+        except OSError as e:
+            self._warn(f"{out_dir}/machine.txt: {e.strerror}")
 
     def _read(self, first_step):
         if not self.csv_path.exists():
@@ -299,7 +343,11 @@ class RunLog:
             self.wandb_run.log({k: v for k, v in row.items() if v is not None}, step=row['step'])
 
     def draw(self):
-        """loss.png: the curves so far."""
+        """loss.png: the curves so far; not while drawing would take more than a twentieth of the run's time."""
+        began = time.monotonic()
+        self.undrawn = began < self.no_drawing_before
+        if self.undrawn:
+            return
         try:
             import matplotlib
         except ImportError:
@@ -319,10 +367,29 @@ class RunLog:
         except OSError as e:
             self._warn(f"{self.png_path}: {e.strerror}")
         pyplot.close(figure)
+        self.no_drawing_before = time.monotonic() + 19 * (time.monotonic() - began)
 
     def finish(self):
+        if self.undrawn:
+            self.no_drawing_before = 0.0
+            self.draw()
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def machine():
+    """What this process runs on, in a line: the card, the versions, the commit."""
+    on_gpu = torch.cuda.is_initialized() # else the run is on the CPU, whatever card is there
+    device = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    n = dist.get_world_size() if on_gpu and dist.is_initialized() else 1
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        commit = done.stdout.strip()
+    except OSError: # no git here
+        commit = ''
+    return (f"{n} x " * (n > 1) + f"{device}, torch {torch.__version__}" + f", CUDA {torch.version.cuda}" * on_gpu
+            + f", commit {commit or 'unknown'}")
 
 
 def explain_error(kind, error, trace):

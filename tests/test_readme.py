@@ -132,6 +132,7 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
     (r'cd ThunderKittens/.*h100_fwd_setup\.py build', setup_of_the_kernels, '--build-temp'),
     (r'python data/shakespeare(_char)?/prepare\.py.*', in_a_process(), 'train.bin has '),
     (r'python data/openwebtext/prepare\.py', in_a_process('--data_files=documents.jsonl', '--num_proc=1'), 'train.bin'),
+    (r'python data/curves\.py .*', in_a_process(), 'picture: loss.png'),
     (r'python data/export\.py .*', in_a_process(), ''),
     (r'python data/hellaswag/evaluate\.py .*', in_a_process('--init_from=gpt2-small', '--data_file=questions.jsonl',
                                                             '--device=cpu'), '"acc_norm": '),

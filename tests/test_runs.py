@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
-from data.run import explain_error, newest_checkpoint
+from data.run import Checkpoints, RunLog, explain_error, newest_checkpoint, read_checkpoint
 
 LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
         '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
@@ -86,11 +86,11 @@ def unbroken(tiny):
     return 'unbroken'
 
 
-def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, pytestconfig):
-    kills, saved, rng = pytestconfig.getoption('--kills'), 0, random.Random(1)
+def kill_at_random_moments(start, kills):
+    """Kill a run of start(flag, ...) and go on, so many times; it must end as the one in 'unbroken' did."""
+    saved, rng = 0, random.Random(1)
     for i in range(kills):
-        resume = ['--init_from=resume'] * (saved > 0)
-        run = torchrun('--out_dir=broken', *resume)
+        run = start('--out_dir=broken', *['--init_from=resume'] * (saved > 0))
         read_until(run, 'iter ')
         time.sleep(rng.random() * 0.5) # not to wait for something: to kill at any moment
         kill(run)
@@ -102,12 +102,83 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, 
             assert saved_now >= saved, f"kill {i}: fell back from step {saved} to {saved_now}"
             saved = saved_now
         if saved >= 55: # nearly through: once more from the beginning
-            finish(torchrun('--out_dir=broken', '--init_from=resume'))
-            assert same(weights('broken'), weights(unbroken)) and losses('broken') == losses(unbroken)
+            finish(start('--out_dir=broken', '--init_from=resume'))
+            assert same(weights('broken'), weights('unbroken')) and losses('broken') == losses('unbroken')
             shutil.rmtree('broken')
             saved = 0
-    finish(torchrun('--out_dir=broken', *['--init_from=resume'] * (saved > 0)))
-    assert same(weights('broken'), weights(unbroken)) and losses('broken') == losses(unbroken)
+    finish(start('--out_dir=broken', *['--init_from=resume'] * (saved > 0)))
+    assert same(weights('broken'), weights('unbroken')) and losses('broken') == losses('unbroken')
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, pytestconfig):
+    kill_at_random_moments(torchrun, pytestconfig.getoption('--kills'))
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_killed_at_random_moments_ends_as_the_unbroken_one_does(tiny, pytestconfig):
+    deterministic = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True); del sys.argv[0]; "
+                     "sys.path.insert(0, sys.argv[0][:-8]); runpy.run_path(sys.argv[0], run_name='__main__')")
+
+    def start(*flags):
+        return subprocess.Popen(
+            [PYTHON, '-c', deterministic, str(ROOT / 'train.py'), *LONG, '--device=cuda', *flags],
+            start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8'})
+    finish(start('--out_dir=unbroken'))
+    kill_at_random_moments(start, pytestconfig.getoption('--kills'))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('room', [True, False])
+def test_a_checkpoint_on_a_gpu_holds_what_there_was_when_it_was_saved(room, tmp_path, monkeypatch):
+    torch.cuda.init()
+    said = []
+    if not room:
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *_: (0, 0))
+    checkpoints = Checkpoints(tmp_path, 2, said.append)
+    w = torch.randn(3000, 5001, device='cuda') # more than one piece of pinned memory, and no multiple of it
+    mixed = {'w': w, 'tied': w, 'turned': w[:99, :99].t(), 'half': torch.randn(7, device='cuda').bfloat16(),
+             'step': torch.tensor(3.0, device='cuda'), 'empty': torch.empty(0, 2, device='cuda'),
+             'on the host': torch.randn(5)}
+    want = {name: t.cpu().clone() for name, t in mixed.items()}
+    for step in (1, 2): # the second finds memory and buffers used
+        checkpoints.save({'model': dict(mixed), 'iter_num': step}, ['ckpt.pt'])
+        for t in mixed.values():
+            t.zero_() # training goes on at once
+        checkpoints.wait()
+        found = read_checkpoint(tmp_path / 'ckpt.pt')['model']
+        assert found.keys() == want.keys()
+        for name, t in want.items():
+            assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
+            mixed[name].copy_(t)
+        assert found['w'].data_ptr() == found['tied'].data_ptr()
+    assert len(said) == (0 if room else 1) and all('no room' in line for line in said)
+
+
+def test_a_picture_that_was_left_out_to_save_time_is_drawn_at_the_end(tmp_path):
+    run_log, picture = RunLog(tmp_path, 0, "a title", print), tmp_path / 'loss.png'
+    run_log.add({'step': 0, 'val_loss': 2.0})
+    run_log.draw()
+    first = picture.read_bytes()
+    run_log.add({'step': 10, 'val_loss': 1.0})
+    run_log.draw() # less than 19 times the first drawing's time later
+    assert picture.read_bytes() == first
+    run_log.finish()
+    assert picture.read_bytes() != first
+
+
+def test_the_documented_run_of_eight_processes_trains_as_one_does(tiny, run_here):
+    flags = ['config/train_gpt2.py', *LONG, '--wandb_log=False', '--gradient_accumulation_steps=40', '--max_iters=3',
+             '--dropout=0', '--out_dir=eight', '--full_val=True']
+    shutil.copytree(ROOT / 'config', 'config')
+    run = torchrun(*flags, processes=8)
+    said = finish(run)
+    assert f'tokens per step: {40 * 4 * 16:,}' in said and said.count('iter 2:') == 1
+    one = run_here('train.py', *flags, '--out_dir=one')
+    full_val = [float(out.split('val loss over all of val.bin: ')[1].split()[0]) for out in (said, one.out)]
+    assert abs(full_val[0] - full_val[1]) < 1e-3, full_val
+    for (name, a), b in zip(weights('eight').items(), weights('one').values()):
+        assert (a - b).norm() <= 1e-4 * b.norm(), name
 
 
 def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on_by_itself(unbroken):
