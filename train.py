@@ -345,8 +345,11 @@ def log(**row):
         run_log.add({'step': step, **row, 'elapsed_s': round(time.time() - _started, 1)})
 
 
-run_log = RunLog(out_dir, step, f"{dataset}, {raw_model.get_num_params() / 1e6:.1f}M", say) if master else None
-checkpoints = Checkpoints(out_dir, keep_last, say) if master else None
+run_log = checkpoints = None
+if master: # an evaluation alone leaves a folder as it is: a run may be at work there
+    run_log = RunLog(None if eval_only else out_dir, step, f"{dataset}, {raw_model.get_num_params() / 1e6:.1f}M", say)
+if master and not eval_only:
+    checkpoints = Checkpoints(out_dir, keep_last, say, anew=init_from != 'resume')
 if wandb_log and master:
     run_log.start_wandb(wandb_project, wandb_run_name, config, wandb_id)
 
@@ -465,8 +468,9 @@ while True:
 bar.close()
 if full_val and not stop.agreed:
     say(f"val loss over all of val.bin: {full_val_loss():.4f}")
-if master:
+if checkpoints:
     checkpoints.wait()
+if run_log:
     run_log.finish()
 status = 128 + int(stop.agreed) if stop.agreed else 0
 if status:

@@ -48,10 +48,12 @@ class Checkpoints:
     out_dir    the folder; it exists
     keep_last  how many last-STEP.pt stay
     say        prints a line
+    anew       whether the run began anew: then what an earlier run left here goes once the first checkpoint is written
     """
 
-    def __init__(self, out_dir, keep_last, say):
+    def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
+        self.others = _checkpoints_in(self.out_dir) if anew else []
         self.said_no_room = False
         on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
         self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
@@ -80,11 +82,19 @@ class Checkpoints:
             _replace(last, lambda part: _torch_save(_to_host(checkpoint, arrived, self.pinned), part))
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
-            for old in sorted(self.out_dir.glob('last-*.pt'))[:-self.keep_last]:
-                old.unlink(missing_ok=True)
+            self._forget_all_but(last, names)
         except (OSError, RuntimeError) as e: # torch.save turns a full disk into a RuntimeError
             reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             self.say(f"warning: no checkpoint at step {checkpoint['iter_num']} ({reason}); the earlier ones are whole")
+
+
+    def _forget_all_but(self, last, names):
+        """Unlink the oldest, and what would be taken for newer than `last` but is another run's or was passed over."""
+        past = sorted(path for path in self.out_dir.glob('last-*.pt') if path <= last)
+        future = [path for path in self.out_dir.glob('last-*.pt') if path > last]
+        others, self.others = [path for path in self.others if path.name not in (last.name, *names)], []
+        for path in {*past[:-self.keep_last], *future, *others}:
+            path.unlink(missing_ok=True)
 
 
 def _replace(path, write):
@@ -182,13 +192,17 @@ def _as_bytes(t):
     return t.reshape(-1).view(torch.uint8)
 
 
+def _checkpoints_in(folder):
+    return [folder / 'ckpt.pt', folder / 'best.pt', *folder.glob('last-*.pt')]
+
+
 def newest_checkpoint(out_dir, say):
     """
     The newest whole checkpoint in out_dir, to go on from; damaged ones are named and passed over.
     SystemExit with one line where there is none.
     """
     found = []
-    for path in [Path(out_dir, 'ckpt.pt'), Path(out_dir, 'best.pt'), *Path(out_dir).glob('last-*.pt')]:
+    for path in _checkpoints_in(Path(out_dir)):
         try:
             checkpoint = _load(path)
             found.append((checkpoint['iter_num'], path.name, checkpoint))
@@ -275,7 +289,7 @@ class RunLog:
     log.csv, machine.txt, loss.png and, if asked for, wandb. A disk or a network that refuses is a warning, and the run
     goes on.
 
-    out_dir     the folder; it exists
+    out_dir     the folder; it exists. None: wandb alone, nothing on the disk
     first_step  rows of an earlier run before this step are kept, 0 starts anew
     title       of the picture
     say         prints a line
@@ -283,9 +297,12 @@ class RunLog:
     FIELDS = ('step', 'train_loss', 'val_loss', 'loss', 'lr', 'time_ms', 'tokens_per_s', 'mfu', 'elapsed_s')
 
     def __init__(self, out_dir, first_step, title, say):
-        self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
         self.title, self.say, self.wandb_run, self.warned = title, say, None, set()
         self.no_drawing_before, self.undrawn = 0.0, False
+        self.rows, self.csv_path = [], None
+        if out_dir is None:
+            return
+        self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
         self.rows = self._read(first_step) if first_step else []
         self._write('w', [dict(zip(self.FIELDS, self.FIELDS)), *self.rows])
         try:
@@ -338,7 +355,8 @@ class RunLog:
     def add(self, row):
         """One row, a dict of some of FIELDS."""
         self.rows.append(row)
-        self._write('a', [row])
+        if self.csv_path:
+            self._write('a', [row])
         if self.wandb_run:
             self.wandb_run.log({k: v for k, v in row.items() if v is not None}, step=row['step'])
 

@@ -135,7 +135,7 @@ def test_a_checkpoint_on_a_gpu_holds_what_there_was_when_it_was_saved(room, tmp_
     said = []
     if not room:
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *_: (0, 0))
-    checkpoints = Checkpoints(tmp_path, 2, said.append)
+    checkpoints = Checkpoints(tmp_path, 2, said.append, anew=True)
     w = torch.randn(3000, 5001, device='cuda') # more than one piece of pinned memory, and no multiple of it
     mixed = {'w': w, 'tied': w, 'turned': w[:99, :99].t(), 'half': torch.randn(7, device='cuda').bfloat16(),
              'step': torch.tensor(3.0, device='cuda'), 'empty': torch.empty(0, 2, device='cuda'),
@@ -200,6 +200,34 @@ def test_an_old_run_in_the_same_folder_is_not_taken_for_the_restarted_one(tiny):
     os.kill(children(run.pid)[0], signal.SIGKILL)
     out = finish(run)
     assert 'resuming' not in out and out.count('iter 0:') == 1 # the first one was read above
+
+
+def test_a_new_run_in_an_old_ones_folder_goes_on_from_its_own_checkpoints(tiny, run_here):
+    run_here('train.py', *LONG, '--out_dir=folder', '--seed=5')
+    run_here('train.py', *LONG, '--out_dir=folder', '--max_iters=25')
+    ran = run_here('train.py', *LONG, '--out_dir=folder', '--init_from=resume', '--max_iters=30')
+    assert 'resuming from step 25' in ran.out
+
+
+@pytest.mark.parametrize('left', [[], ['ckpt.pt', 'best.pt']])
+def test_the_first_checkpoint_of_a_new_run_takes_the_place_of_an_old_runs(left, tmp_path):
+    old = Checkpoints(tmp_path, 2, print, anew=True)
+    for step in (90, 100):
+        old.save({'iter_num': step}, left)
+    old.wait()
+    new = Checkpoints(tmp_path, 2, print, anew=True)
+    assert newest_checkpoint(tmp_path, print)['iter_num'] == 100 # until then nothing is lost
+    new.save({'iter_num': 5}, [])
+    new.wait()
+    assert newest_checkpoint(tmp_path, print)['iter_num'] == 5
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_costs_no_later_one(tmp_path):
+    (tmp_path / 'last-00000100.pt').write_bytes(b'no checkpoint')
+    again = Checkpoints(tmp_path, 1, print, anew=False) # it went on from an earlier one
+    again.save({'iter_num': 50}, [])
+    again.wait()
+    assert newest_checkpoint(tmp_path, pytest.fail)['iter_num'] == 50
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

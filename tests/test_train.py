@@ -114,6 +114,15 @@ def test_eval_only_evaluates_once_and_writes_no_checkpoint(tiny, run_here):
     assert not Path('out/ckpt.pt').exists()
 
 
+def test_eval_only_leaves_the_log_of_the_run_that_is_there_as_it_is(tiny, run_here):
+    run_here('train.py', *TINY)
+    before = [Path('out', name).read_bytes() for name in ('log.csv', 'machine.txt', 'ckpt.pt')]
+    for init_from in ('scratch', 'resume'):
+        ran = run_here('train.py', *TINY, '--eval_only=True', f'--init_from={init_from}')
+        assert ran.status == 0 and len(lines(ran, 'step ')) == 1
+        assert before == [Path('out', name).read_bytes() for name in ('log.csv', 'machine.txt', 'ckpt.pt')]
+
+
 def test_full_val_is_the_loss_of_every_token_of_val_bin(tiny, run_here):
     ran = run_here('train.py', *TINY, '--max_iters=4', '--full_val=True')
     model, ids = PlainGPT(**SHAPE), torch.from_numpy(np.fromfile(tiny / 'val.bin', np.uint16).astype(np.int64))
