@@ -112,8 +112,6 @@ def choose(settings, for_training=True):
     raises        SystemExit with one line where an explicit choice cannot run here
     """
     import torch
-
-    from ThunderKittens.examples import attn_causal
     auto = [name for name in ('device', 'dtype', 'fast', 'compile', 'TK_kernel') if settings.get(name) == 'auto']
     if settings['device'] == 'auto':
         mps = torch.backends.mps.is_available()
@@ -132,9 +130,9 @@ def choose(settings, for_training=True):
     if settings.get('compile') == 'auto': # Triton, behind torch.compile, needs compute capability 7.0
         settings['compile'] = (for_training and device_type == 'cuda' and not settings.get('fast')
                                and torch.cuda.get_device_capability() >= (7, 0))
-    why_not = _why_no_kernel(settings, device_type, for_training, attn_causal)
+    why_not = _why_no_kernel(settings, device_type, for_training)
     if settings['TK_kernel'] is True and why_not:
-        hint = "" if 'h100_fwd_setup.py' in why_not else f" (what builds it: {BUILD_KERNEL})"
+        hint = "" if 'h100_fwd_setup.py' in why_not or settings.get('plain') else f" (what builds it: {BUILD_KERNEL})"
         sys.exit(f"--TK_kernel=True cannot run here: {why_not}{hint}")
     if settings['TK_kernel'] == 'auto':
         settings['TK_kernel'] = not why_not
@@ -156,8 +154,9 @@ def _why_not_fast(settings, device_type):
     return gpt2_step.why_not(device_type, settings['dtype'])
 
 
-def _why_no_kernel(settings, device_type, for_training, attn_causal):
+def _why_no_kernel(settings, device_type, for_training):
     """'' if the ThunderKittens kernel can run with these settings, else the reason in a few words."""
+    from ThunderKittens.examples import attn_causal
     if settings.get('plain'):
         return "plain=True is plain nanoGPT"
     if device_type != 'cuda':

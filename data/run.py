@@ -87,13 +87,12 @@ class Checkpoints:
             reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             self.say(f"warning: no checkpoint at step {checkpoint['iter_num']} ({reason}); the earlier ones are whole")
 
-
     def _forget_all_but(self, last, names):
         """Unlink the oldest, and what would be taken for newer than `last` but is another run's or was passed over."""
-        past = sorted(path for path in self.out_dir.glob('last-*.pt') if path <= last)
-        future = [path for path in self.out_dir.glob('last-*.pt') if path > last]
+        lasts = sorted(self.out_dir.glob('last-*.pt'))
+        n = lasts.index(last) + 1
         others, self.others = [path for path in self.others if path.name not in (last.name, *names)], []
-        for path in {*past[:-self.keep_last], *future, *others}:
+        for path in lasts[:n][:-self.keep_last] + lasts[n:] + others:
             path.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from ThunderKittens.examples import decode
 from ThunderKittens.examples.gpt2_step import TrainStep, kernels, why_not
 
 on_gpu = pytest.mark.gpu
@@ -209,6 +210,19 @@ def test_a_mask_keeps_the_right_share_and_two_seeds_know_nothing_of_each_other()
 def test_where_it_cannot_run_it_says_why():
     assert why_not('cpu', 'bfloat16') == "it runs on a CUDA device, not on cpu"
     assert why_not('cuda', 'float16') == "it computes in bfloat16, not in float16"
+
+
+@pytest.mark.parametrize('lacks, reason', [
+    ({}, ''), ({'compiler': None}, "Triton needs a C compiler"), ({'triton': None}, "Triton is not installed"),
+    ({'capability': (7, 5)}, "the kernels need compute capability 8.0")])
+def test_what_its_kernels_need_is_looked_for_before_the_first_step(lacks, reason, monkeypatch):
+    there = {'triton': True, 'capability': (9, 0), 'compiler': '/usr/bin/cc', **lacks}
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: there['triton'])
+    monkeypatch.setattr('shutil.which', lambda name: there['compiler'])
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: there['capability'])
+    monkeypatch.setattr(decode, 'why_unavailable', decode.why_unavailable.__wrapped__) # without its memory
+    assert why_not('cuda', 'bfloat16') == reason
 
 
 # -----------------------------------------------------------------------------

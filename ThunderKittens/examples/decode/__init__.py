@@ -25,7 +25,7 @@ def why_unavailable(device_type='cuda'):
     if importlib.util.find_spec('triton') is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability() < (8, 0):
-        return "they need compute capability 8.0"
+        return "the kernels need compute capability 8.0"
     if not (os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')):
         return "Triton needs a C compiler"
     return ''

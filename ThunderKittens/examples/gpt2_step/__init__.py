@@ -12,12 +12,12 @@ in memory, weights are kept in bfloat16 beside the float32 ones, gradients leave
 summed, and the passes between the matmuls are one kernel each (kernels.py).
 """
 import functools
-import importlib.util
 
 import torch
 import torch.distributed as dist
 
 from model import sdpa_attention_qkv
+from ThunderKittens.examples import decode
 from ThunderKittens.examples.attn_causal import causal_attention_qkv
 
 from . import kernels
@@ -32,7 +32,7 @@ def why_not(device_type, dtype):
         return f"it runs on a CUDA device, not on {device_type}"
     if dtype != 'bfloat16':
         return f"it computes in bfloat16, not in {dtype}"
-    return '' if importlib.util.find_spec('triton') else "it needs Triton, which comes with torch for CUDA"
+    return decode.why_unavailable() # Triton's kernels both, with the same needs
 
 
 class TrainStep:
