@@ -16,7 +16,6 @@ import math
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from configurator import choose, configure
+from data.run import commit
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig, peak_flops
 from ThunderKittens.examples.gpt2_step import TrainStep
@@ -84,11 +84,11 @@ def make_model(use_kernel):
     """The model with random weights; every call gives the same ones."""
     torch.manual_seed(seed)
     try:
-        config = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                           bias=bias, dropout=0.0, TK_kernel=use_kernel)
+        shape = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                          bias=bias, dropout=0.0, TK_kernel=use_kernel)
     except ValueError as e:
         sys.exit(str(e))
-    return GPT(config).to(device)
+    return GPT(shape).to(device)
 
 
 def make_step(model, optimizer):
@@ -189,16 +189,6 @@ def timed_ms(n):
     return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
 
 
-def commit():
-    """This tree's commit, '+' behind it where files have changed since; 'none' outside git."""
-    def git(*words):
-        return subprocess.run(['git', *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    try:
-        return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '') or 'none'
-    except FileNotFoundError:
-        return 'none'
-
-
 # what a GPU kernel's name says about its work; the first that fits counts
 KINDS = [('attention', r'attn|sdpa|flash|fmha'), ('cross-entropy', r'cross_entropy|log_softmax|nll'),
          ('AdamW, clipping', r'adam|multi_tensor|sum_of_squares|norm_cub|LpNorm'),
@@ -251,8 +241,8 @@ for kind, part in parts.items():
 print(json.dumps({
     'batch_size': batch_size, 'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd,
     'fast': fast, 'TK_kernel': TK_kernel, 'plain': plain, 'compile': compile, 'residual': residual, 'dtype': dtype,
-    'real_data': real_data,
-    'dataset': dataset, 'check': check, 'ms_median': round(ms, 3), 'ms_min': round(min(times_ms), 3),
+    'real_data': real_data, 'dataset': dataset, 'check': check,
+    'ms_median': round(ms, 3), 'ms_min': round(min(times_ms), 3),
     'ms_max': round(max(times_ms), 3), 'tokens_per_s': round(tokens_per_s), 'mfu': mfu and round(mfu, 4),
     'mfu_causal': mfu_causal and round(mfu_causal, 4), 'peak_gib': peak_gib and round(peak_gib, 2), 'card': card,
     'parts_ms': parts, 'torch': torch.__version__, 'cuda': torch.version.cuda, 'commit': commit(),

@@ -29,6 +29,8 @@ import torch
 
 from ThunderKittens.examples.decode import why_unavailable as why_no_step
 from configurator import choose, configure
+from data.curves import write_section
+from data.run import commit as this_commit
 from data.tokens import tokenizer
 from model import GPT, GPTConfig
 
@@ -211,7 +213,7 @@ def report(found):
     """The table, generation.json and generation.png in out_dir and, where asked for, the README's section."""
     where = (f"{torch.cuda.get_device_name() if device_type == 'cuda' else platform.machine()}, torch "
              f"{torch.__version__}, CUDA {torch.version.cuda}, transformers {version('transformers')}, {dtype}, commit "
-             f"{commit or said('git', 'describe', '--always', '--dirty=+') or 'unknown'}")
+             f"{commit or this_commit()}")
     lines = [f"{where}. {max_new_tokens} new tokens, temperature 0.8, top_k 200, random weights; tokens/s.", '',
              f"| layers x heads x channels | batch | prompt | {' | '.join(WAYS)} |", '|---' * (3 + len(WAYS)) + '|']
     for row in found['speeds']:
@@ -226,16 +228,8 @@ def report(found):
     Path(out_dir, 'generation.json').write_text(json.dumps({'where': where, **found}, indent=1) + '\n')
     picture([row for row in found['speeds'] if PLAIN in row], Path(out_dir, 'generation.png'))
     if readme:
-        write_between_markers(HERE / 'README.md', text)
+        write_section(HERE / 'README.md', 'generation', text)
     print(json.dumps(found))
-
-
-def write_between_markers(path, text):
-    before, begin, rest = path.read_text(encoding='utf-8').partition('<!-- generation begin -->\n')
-    _, end, after = rest.partition('<!-- generation end -->')
-    if not begin or not end:
-        sys.exit(f"{path} lacks the lines <!-- generation begin --> and <!-- generation end -->")
-    path.write_text(before + begin + text + '\n' + end + after, encoding='utf-8')
 
 
 def picture(rows, path):
@@ -253,14 +247,6 @@ def picture(rows, path):
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     figure.savefig(path, dpi=110, bbox_inches='tight')
-
-
-def said(*command):
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    except OSError:
-        return ''
-    return done.stdout.strip()
 
 
 if bench:

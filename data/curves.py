@@ -9,7 +9,7 @@ A group is NAME=out_dir[,out_dir...], runs of the same settings with different s
 --out=FILE        the picture; default loss.png, or data/curves_SECTION.png with --readme
 --title=TEXT      of the picture
 --goal=LOSS       also the time from the start of the process to the first evaluation with such a val loss
---readme=SECTION  table and picture also go into README.md, between its two lines <!-- curves SECTION -->
+--readme=SECTION  table and picture also go into README.md, between <!-- curves SECTION begin --> and ... end -->
 --commit=HASH     of the runs, where they could not find it out themselves
 """
 import csv
@@ -139,14 +139,14 @@ def draw(groups, title, path):
         sys.exit(f"--out={path}: {str(e).splitlines()[0]}")
 
 
-def write_section(path, section, text):
-    """Put the text between the two lines <!-- curves SECTION --> of the file; SystemExit where they are not there."""
-    mark = f'<!-- curves {section} -->\n'
-    parts = path.read_text(encoding='utf-8').split(mark)
-    if len(parts) != 3:
-        sys.exit(f"--readme={section}: {path.name} must hold the line {mark.strip()} twice, where the table belongs; "
-                 f"it holds it {len(parts) - 1} times")
-    path.write_text(f'{parts[0]}{mark}{text}\n{mark}{parts[2]}', encoding='utf-8')
+def write_section(path, name, text):
+    """Put the text between the lines <!-- NAME begin --> and <!-- NAME end -->; SystemExit where they are not there."""
+    marks = f'<!-- {name} begin -->\n', f'<!-- {name} end -->\n'
+    before, begin, rest = path.read_text(encoding='utf-8').partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        sys.exit(f"{path.name} must hold the lines {marks[0].strip()} and {marks[1].strip()}, where the table belongs")
+    path.write_text(before + begin + text + '\n' + end + after, encoding='utf-8')
 
 
 def read_arguments(argv):
@@ -189,7 +189,7 @@ def main(argv):
     print(f"picture: {picture}")
     if section:
         link = Path(os.path.relpath(picture.resolve(), ROOT)).as_posix()
-        write_section(readme, section, f"{text}\n\n![loss curves of {' and '.join(runs)}]({link})")
+        write_section(readme, f'curves {section}', f"{text}\n\n![loss curves of {' and '.join(runs)}]({link})")
 
 
 if __name__ == '__main__':

@@ -399,14 +399,18 @@ def machine():
     on_gpu = torch.cuda.is_initialized() # else the run is on the CPU, whatever card is there
     device = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     n = dist.get_world_size() if on_gpu and dist.is_initialized() else 1
-    try:
-        done = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        commit = done.stdout.strip()
-    except OSError: # no git here
-        commit = ''
     return (f"{n} x " * (n > 1) + f"{device}, torch {torch.__version__}" + f", CUDA {torch.version.cuda}" * on_gpu
-            + f", commit {commit or 'unknown'}")
+            + f", commit {commit()}")
+
+
+def commit():
+    """This tree's commit, '+' behind it where files have changed since; 'unknown' outside git."""
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--dirty=+'], cwd=Path(__file__).parent, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError: # no git here
+        return 'unknown'
+    return done.stdout.strip() or 'unknown'
 
 
 def explain_error(kind, error, trace):

@@ -227,13 +227,6 @@ def test_inference_times_all_ways_over_batch_sizes_and_writes_a_table_and_a_pict
     assert all(row['this'] > 0 for row in found['speeds']) and found['first_token_ms'] > 0
     assert 0.1 < found['cold_start_s'] < 60 # a process that only imports torch takes longer
     assert '| 1x1x8 | 2 | 3 |' in ran.out and (tmp_path / 'generation.png').read_bytes()[1:4] == b'PNG'
-    page = tmp_path / 'page.md'
-    page.write_text('a\n<!-- generation begin -->\nold\n<!-- generation end -->\nb\n')
-    ran.names['write_between_markers'](page, 'new')
-    assert page.read_text() == 'a\n<!-- generation begin -->\nnew\n<!-- generation end -->\nb\n'
-    page.write_text('a\n')
-    with pytest.raises(SystemExit, match='lacks the lines'):
-        ran.names['write_between_markers'](page, 'new')
 
 
 # -----------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_the_picture_has_a_colour_a_group_and_a_line_a_seed(curves, monkeypatch)
 def readme(tmp_path, monkeypatch):
     """A README.md of our own in the place of the repository's."""
     path = tmp_path / 'README.md'
-    path.write_text("before\n<!-- curves chars -->\nold\n<!-- curves chars -->\nafter\n")
+    path.write_text("before\n<!-- curves chars begin -->\nold\n<!-- curves chars end -->\nafter\n")
 
     def main(*argv):
         names = runpy.run_path(str(ROOT / 'data' / 'curves.py'))
@@ -104,7 +104,8 @@ def test_table_machine_and_picture_go_into_their_section_of_the_readme_and_nothi
     for _ in range(2): # the second time it replaces what the first wrote
         main('plain=a', '--readme=chars', '--commit=1234567', '--out=pictures.png')
         text = path.read_text()
-        assert re.fullmatch(r'before\n<!-- curves chars -->\n\| .*<!-- curves chars -->\nafter\n', text, re.DOTALL)
+        assert re.fullmatch(r'before\n<!-- curves chars begin -->\n\| .*<!-- curves chars end -->\nafter\n', text,
+                            re.DOTALL)
         assert '| plain | 2.0000 (step 0, 5 s) | 2.0000 |' in text and 'old' not in text
         assert 'On one H100, torch 2, commit 1234567.' in text and text.count('](pictures.png)') == 1
 
@@ -113,7 +114,7 @@ def test_a_readme_without_the_section_is_left_as_it_is(readme, capsys):
     path, main = readme
     write_log('a', [2.0] * 40)
     before = path.read_text()
-    with pytest.raises(SystemExit, match='--readme=gpt2: README.md must hold the line <!-- curves gpt2 --> twice'):
+    with pytest.raises(SystemExit, match='README.md must hold the lines <!-- curves gpt2 begin --> and '):
         main('plain=a', '--readme=gpt2', '--out=x.png')
     assert path.read_text() == before
 

@@ -12,6 +12,7 @@ import subprocess
 import pytest
 
 from conftest import CHARS, PYTHON, ROOT, Ran
+from data.curves import write_section
 
 README = (ROOT / 'README.md').read_text()
 NOT_COPIED = ('.git', '.venv', '.carry', '*.bin', '*.pkl', 'input.txt', 'prepared.json', 'out*', 'wandb', 'build',
@@ -189,6 +190,15 @@ def test_the_tree_of_the_readme_is_there():
     tree = re.search(r'## The tree\n\n```\n(.*?)```', README, re.DOTALL)[1]
     for path in re.findall(r'^(\S+)', tree, re.MULTILINE):
         assert list(ROOT.glob(path.replace('<name>', '*').rstrip('/'))), path
+
+
+@pytest.mark.parametrize('name', ['step', 'generation', 'curves chars', 'curves gpt2'])
+def test_every_table_that_a_command_writes_has_its_place_in_the_readme(name, tmp_path):
+    page = tmp_path / 'README.md'
+    page.write_text(README)
+    write_section(page, name, 'a table')
+    before, table, after = page.read_text().partition(f'<!-- {name} begin -->\na table\n<!-- {name} end -->\n')
+    assert table and README.startswith(before) and README.endswith(after) # nothing else has changed
 
 
 def test_files_that_the_readme_links_to_are_there():
