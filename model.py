@@ -164,7 +164,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.writers = config, {}
+        self.config = config
+        self.writers = {} # what generation keeps for the next call of the same shape
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -186,6 +187,10 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
+
+    def __getstate__(self):
+        """What a copy or a pickle of the model takes along: no CUDA graphs, which belong to these very tensors."""
+        return {**self.__dict__, 'writers': {}}
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, by default without the position embeddings (the token ones are the head's)."""
@@ -368,7 +373,7 @@ class GPT(nn.Module):
             return
         device, block_size, longest = prompts[0].device, self.config.block_size, max(map(len, prompts))
         T, new = longest, max_new_tokens
-        if can_replay(device): # what is captured serves all prompts of about this length
+        if decode.can_replay(device): # what is captured serves all prompts of about this length
             T, new = (-(-n // 64) * 64 for n in (longest, max_new_tokens))
         key = str((device, len(prompts), T, new, sorted(choice.items()), self.training,
                    torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
@@ -386,7 +391,7 @@ class GPT(nn.Module):
                 yield writer.text[:, T + n].clone()
         except GeneratorExit: # enough has been read
             pass
-        if can_replay(device) and not writer.casts:
+        if decode.can_replay(device) and not writer.casts:
             self.writers[key] = writer
 
 
@@ -409,10 +414,11 @@ class Writer:
         self.caches = [LayerCache(min(self.block_size, T + new), self.place) for _ in model.transformer.h]
         self.step = None
         self.take = {'prompt': self.take_prompt, 'newest': self.take_newest, 'window': self.take_window}
-        if can_replay(device):
-            self.take['prompt'], self.take['window'] = replayed(self.take_prompt), replayed(self.take_window)
-            if not decode.why_unavailable(device.type):
-                self.take['newest'] = replayed(self.take_newest_by_kernels)
+        if decode.can_replay(device):
+            self.take['prompt'], self.take['window'] = map(decode.replayed, (self.take_prompt, self.take_window))
+            drops = model.training and model.config.dropout > 0 # which the kernels do not
+            if not drops and not decode.why_unavailable(device.type):
+                self.take['newest'] = decode.replayed(self.take_newest_by_kernels)
 
     def begin(self, prompts, seed):
         text = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')
@@ -454,31 +460,6 @@ class Writer:
             self.step = decode.Step(self.model, [cache.kv for cache in self.caches])
             self.casts = self.caches[0].kv.dtype != self.model.lm_head.weight.dtype
         self.append(self.step(self.text, self.newest, self.place))
-
-
-def can_replay(device):
-    return device.type == 'cuda'
-
-
-def replayed(step):
-    """
-    A function that does what step() does, all of whose inputs and outputs are tensors that keep their places: the first
-    call is step() itself, the second captures its kernels in a CUDA graph, and from then on the graph is replayed.
-    """
-    graph, calls = torch.cuda.CUDAGraph(), 0
-
-    def call():
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            return step()
-        if calls == 2:
-            autocast = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
-                                      cache_enabled=False) # its copies of weights would not outlive it
-            with autocast, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode='thread_local'):
-                step()
-        graph.replay()
-    return call
 
 
 # Every new token is another length, and cuDNN would plan anew for each.

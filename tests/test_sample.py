@@ -1,4 +1,5 @@
 """A checkpoint speaks: what it continues, what it never says, and what it needs for that."""
+import copy
 import pickle
 import sys
 from pathlib import Path
@@ -6,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as model_py
 from conftest import CHARS, assert_refused, run_script
 from data.tokens import tokenizer
 from model import GPT, GPTConfig, LayerCache, pick, row_seeds
@@ -202,8 +202,8 @@ def test_a_top_p_beyond_one_is_refused(speaker, run_here):
 @pytest.fixture
 def uncaptured(monkeypatch):
     """A CPU does what a GPU does, but for the graphs: tensors stay and serve the next call."""
-    monkeypatch.setattr(model_py, 'can_replay', lambda device: True)
-    monkeypatch.setattr(model_py, 'replayed', lambda step: step)
+    monkeypatch.setattr(decode, 'can_replay', lambda device: True)
+    monkeypatch.setattr(decode, 'replayed', lambda step: step)
 
 
 def random_gpt(block_size=40, vocab_size=301, n_layer=2, n_head=3, n_embd=96, device='cuda', **other):
@@ -255,6 +255,23 @@ def test_rows_of_any_lengths_grow_in_tensors_that_stay(uncaptured):
                 token = pick(model(text[:, -40:])[0][:, -1], seed[None], text.size(1))
                 text = torch.cat((text, token[:, None]), dim=1)
             assert torch.equal(text[0, len(prompt):], row), lengths
+
+
+def test_a_copy_of_a_model_that_has_spoken_leaves_what_is_kept_for_the_next_call(uncaptured):
+    model, ids = random_gpt(device='cpu'), some_ids(2, 5, device='cpu')
+    text = model.generate(ids, 9, seed=1)
+    assert model.writers and not copy.deepcopy(model).writers # CUDA graphs could not be copied at all
+    assert torch.equal(copy.deepcopy(model).generate(ids, 9, seed=1), text)
+
+
+def test_a_model_in_training_speaks_through_its_layers_which_drop_and_not_through_the_kernels(uncaptured, monkeypatch):
+    monkeypatch.setattr(decode, 'why_unavailable', lambda *_: '')
+    monkeypatch.setattr(decode, 'Step', lambda *_: pytest.fail("the kernels know no dropout"))
+    model = random_gpt(device='cpu', dropout=0.5).train()
+    text = model.generate(some_ids(2, 5, device='cpu'), 9, temperature=0)
+    assert text.shape == (2, 14)
+    with pytest.raises(pytest.fail.Exception): # without dropout they are taken
+        model.eval().generate(some_ids(2, 5, device='cpu'), 9, temperature=0)
 
 
 # -----------------------------------------------------------------------------

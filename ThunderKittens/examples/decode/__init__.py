@@ -31,6 +31,32 @@ def why_unavailable(device_type='cuda'):
     return ''
 
 
+def can_replay(device):
+    """Whether CUDA graphs can be had there."""
+    return device.type == 'cuda'
+
+
+def replayed(step):
+    """
+    A function that does what step() does, all of whose inputs and outputs are tensors that keep their places: the first
+    call is step() itself, the second captures its kernels in a CUDA graph, and from then on the graph is replayed.
+    """
+    graph, calls = torch.cuda.CUDAGraph(), 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return step()
+        if calls == 2:
+            autocast = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
+                                      cache_enabled=False) # its copies of weights would not outlive it
+            with autocast, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode='thread_local'):
+                step()
+        graph.replay()
+    return call
+
+
 class Step:
     """
     The logits of the token after each row's newest, whose keys and values it keeps.
