@@ -40,7 +40,8 @@ config = configure(globals(), auto={'compile': bool, 'TK_kernel': bool})
 for _name, _least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
     if not config[_name] >= _least:
         sys.exit(f"--{_name} must be at least {_least}, not {config[_name]}")
-
+if seed >= 2**63:
+    sys.exit(f"--seed must be below {2**63}, not {seed}")
 if not 0 <= top_p <= 1:
     sys.exit(f"--top_p must be at least 0 and at most 1, not {top_p}")
 stop = stop.replace('\\n', '\n')

@@ -5,8 +5,8 @@ Trains a GPT, on one device or, under torchrun, on many.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py
 
-In out_dir it leaves checkpoints, log.csv and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C) and
-SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
+In out_dir it leaves checkpoints, log.csv, machine.txt and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C)
+and SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
 """
 import functools
 import math
@@ -109,6 +109,8 @@ def check_settings():
                  'save_interval'):
         if not 0 <= config[name] < math.inf:
             sys.exit(f"--{name} must be at least 0 and finite, not {config[name]}")
+    if seed >= 2**32:
+        sys.exit(f"--seed must be below {2**32}, not {seed}")
     for name in ('beta1', 'beta2'):
         if not 0 <= config[name] < 1:
             sys.exit(f"--{name} must be at least 0 and below 1, not {config[name]}")
@@ -359,12 +361,7 @@ bad_in_a_row, bad_in_all = torch.zeros((), device=device), torch.zeros((), devic
 
 
 def update(loss):
-    """Clip and step, unless `loss` or a gradient is not finite on any process."""
-    if fast:
-        bad = fast_step.update()
-        bad_in_a_row.add_(1).mul_(bad)
-        bad_in_all.add_(bad)
-        return
+    """Clip and step, unless `loss` or a gradient is not finite on any process: 1 if so and 0 otherwise, 0-d."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     bad = (~(norm.isfinite() & loss.isfinite())).float()
@@ -377,13 +374,12 @@ def update(loss):
         scaler.update()
     elif not bad:
         optimizer.step()
-    bad_in_a_row.add_(1).mul_(bad)
-    bad_in_all.add_(bad)
     optimizer.zero_grad(set_to_none=True)
+    return bad
 
 
 # training
-first_step, bad_said = step, 0
+first_step, skipped_said = step, 0
 stop = StopSignal(control)
 if resumed:
     torch.set_rng_state(resumed['cpu_rng'])
@@ -439,7 +435,9 @@ while True:
         if not fast:
             scaler.scale(loss * share * world_size).backward()
         total += loss.detach()
-    update(total)
+    bad = fast_step.update() if fast else update(total)
+    bad_in_a_row.add_(1).mul_(bad)
+    bad_in_all.add_(bad)
 
     # say how it goes
     if step % log_interval == 0:
@@ -456,10 +454,10 @@ while True:
             mfu=round(mfu, 4) if mfu >= 0 else None)
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s" + (f", mfu {mfu:.1%}" if mfu >= 0 else ""),
                             refresh=False)
-        bad = int(bad_in_all)
-        if bad > bad_said:
-            say(f"warning: {bad - bad_said} steps up to {step} had a NaN or Inf and were skipped")
-            bad_said = bad
+        skipped = int(bad_in_all)
+        if skipped > skipped_said:
+            say(f"warning: {skipped - skipped_said} steps up to {step} had a NaN or Inf and were skipped")
+            skipped_said = skipped
         if bad_in_a_row >= max_bad_steps:
             sys.exit(f"{int(bad_in_a_row)} steps in a row had a NaN or Inf; the last good checkpoint is in {out_dir}")
     step += 1

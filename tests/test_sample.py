@@ -140,6 +140,7 @@ def test_a_trained_model_speaks_in_a_process_of_its_own_without_a_warning(speake
     ('--num_samples=0', '--num_samples must be at least 1, not 0'),
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'),
     ('--top_k=-1', '--top_k must be at least 0, not -1'),
+    ('--seed=9223372036854775808', '--seed must be below 9223372036854775808, not 9223372036854775808'),
     ('--device=cuda:99', '--device=cuda:99: this machine has '),
     ('--TK_kernel=True', '--TK_kernel=True cannot run here: '),
 ])

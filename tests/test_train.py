@@ -369,6 +369,7 @@ def test_wandb_without_a_network_is_a_warning_and_the_run_goes_on(no_wandb_accou
     ('--gradient_accumulation_steps=0', '--gradient_accumulation_steps must be at least 1, not 0'),
     ('--log_interval=0', '--log_interval must be at least 1, not 0'),
     ('--max_iters=-1', '--max_iters must be at least 0'),
+    ('--seed=99999999999999', '--seed must be below 4294967296, not 99999999999999'), # a permutation's seed is larger
     ('--learning_rate=1e999', '--learning_rate must be at least 0 and finite, not inf'),
     ('--beta2=1.0', '--beta2 must be at least 0 and below 1, not 1.0'),
     ('--dropout=1.0', 'dropout must be at least 0 and below 1, got 1.0'),
@@ -486,6 +487,19 @@ def test_the_fast_step_trains_as_model_py_does(flags, tiny, run_here, monkeypatc
     assert load('out-True').keys() == load('out-False').keys()
     one, other = (load(f'out-{fast}')['optimizer'] for fast in ('True', 'False'))
     assert one['param_groups'] == other['param_groups'] and one['state'].keys() == other['state'].keys()
+
+
+@pytest.mark.parametrize('accumulation', [1, 3]) # a process without a share; two with unequal ones
+def test_two_processes_train_fast_as_one_does_plainly(accumulation, tiny, run_here):
+    Path('fast.py').write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport configurator\n"
+                               "configurator._why_not_fast = lambda *_: ''\n"
+                               f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    flags = [*TINY, '--data_order=permutation', f'--gradient_accumulation_steps={accumulation}', '--bias=True']
+    two = run_script(Path('fast.py').resolve(), *flags, '--fast=True', '--out_dir=two', cwd='.', python=TORCHRUN)
+    assert two.status == 0, two.err
+    run_here('train.py', *flags, '--out_dir=one')
+    for name, t in load('one')['model'].items():
+        assert (t - load('two')['model'][name]).abs().max() <= 1e-4, name
 
 
 def test_a_fast_run_goes_on_plainly_and_a_plain_one_fast(tiny, run_here, monkeypatch):
