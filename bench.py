@@ -52,7 +52,7 @@ residual = 'float32' # of the fast step's residual stream; bfloat16 is faster, a
 profile = False # a table of the slowest operations of three steps
 # -----------------------------------------------------------------------------
 config = configure(globals(), auto={'fast': bool, 'compile': bool, 'TK_kernel': bool})
-for _name in ('batch_size', 'block_size', 'steps', 'vocab_size'):
+for _name in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'steps'):
     if config[_name] < 1:
         sys.exit(f"--{_name} must be at least 1, not {config[_name]}")
 choose(config)

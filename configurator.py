@@ -163,7 +163,9 @@ def _why_no_kernel(settings, device_type, for_training):
         return f"it runs on a CUDA device, not on {device_type}"
     if settings['dtype'] != 'bfloat16':
         return f"it takes bfloat16, not {settings['dtype']}"
-    head_dim = settings['n_embd'] // settings['n_head'] if 'n_embd' in settings else 64 # of every pretrained GPT-2
+    head_dim = 64 # of every pretrained GPT-2
+    if settings.get('n_head', 0) > 0: # else GPTConfig refuses it
+        head_dim = settings['n_embd'] // settings['n_head']
     dropout = settings.get('dropout', 0.0) if for_training else 0.0
     return attn_causal.why_unavailable() or attn_causal.why_not_for(head_dim, dropout)
 

@@ -15,6 +15,7 @@ batch size, as a table and a picture, which also go to the README where --readme
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,10 @@ HERE = Path(__file__).resolve().parent
 for _name in ('max_new_tokens', 'repeats'):
     if config[_name] < 1:
         sys.exit(f"--{_name} must be at least 1, not {config[_name]}")
+for _name, _one, _like in (('sizes', r'[1-9]\d*x[1-9]\d*x[1-9]\d*', '24x16x1024 12x12x768'),
+                          ('batches', r'[1-9]\d*', '1 4 16'), ('prompts', r'[1-9]\d*', '1 512')):
+    if not re.fullmatch(rf'{_one}( {_one})*', config[_name]):
+        sys.exit(f"--{_name} must be like {_like!r}, not {config[_name]!r}")
 choose(config, for_training=False)
 device, dtype = config['device'], config['dtype']
 device_type = torch.device(device).type

@@ -117,16 +117,16 @@ def draw(groups, title, path):
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for i, (name, runs) in enumerate(groups.items()):
         for j, run in enumerate(runs):
-            style = dict(color=f'C{i}', label=name if j == 0 else None)
+            label = name if j == 0 else None # once in the legend, at the line that is seen best
             windows = sorted(run.losses)
             losses = [run.losses[w] for w in windows]
             by_step, by_time = [(w + 0.5) * WINDOW for w in windows], [run.elapsed_s[w] for w in windows]
             evaluated = [(e[0], e[2], e[1]) for e in run.evaluations]
             for axes, x, column in ((panels[0], by_step, 0), (panels[1], by_time, 1)):
-                axes.plot(x, losses, lw=0.7, alpha=0.4 if evaluated else 0.9, **{**style, 'label': None} if evaluated
-                          else style)
-                axes.plot([e[column] for e in evaluated], [e[2] for e in evaluated], lw=1, marker='o', ms=2.5,
-                          **style if evaluated else {'color': f'C{i}'})
+                axes.plot(x, losses, color=f'C{i}', lw=0.7, alpha=0.4 if evaluated else 0.9,
+                          label=None if evaluated else label)
+                axes.plot([e[column] for e in evaluated], [e[2] for e in evaluated], color=f'C{i}', lw=1, marker='o',
+                          ms=2.5, label=label if evaluated else None)
     panels[0].set(xlabel='step', ylabel='loss (nats per token)', title=title)
     panels[1].set(xlabel='seconds since the start', title=f'dots: val; lines: batches, {WINDOW} steps a point')
     panels[0].legend()

@@ -8,7 +8,8 @@ What a run leaves in out_dir.
     machine.txt     a line for every start: the step, the card, the versions, the commit
     loss.png        the loss curves so far
 
-and how it is stopped: StopSignal.
+and how it is stopped: StopSignal. A run that begins anew in an old one's folder starts log.csv again, and its first
+checkpoint takes the place of all that the old one left.
 
 A checkpoint is a dict with nanoGPT's model, optimizer, model_args, iter_num, best_val_loss and config; what is
 ours stands beside these keys, and nanoGPT does not look at it. A file is written whole or not at all, checked

@@ -131,6 +131,7 @@ def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
     ('--batch_size=0', '--batch_size must be at least 1, not 0'), ('--dataset=nowhere', 'no train.bin'),
     ('--vocab_size=10', 'is not below vocab_size=10'), ('--steps=0', '--steps must be at least 1, not 0'),
     ('--n_head=3', 'n_embd must be a multiple of n_head, got n_embd=32 and n_head=3'),
+    ('--n_layer=0', 'n_layer must be at least 1, not 0'),
     ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
 ])
 def test_what_cannot_be_timed_is_refused_in_one_line(flag, words, tiny, run_here):
@@ -153,6 +154,7 @@ def test_the_table_compares_a_row_with_plain_nanogpt_at_its_shape_else_at_its_le
     lines = step_bench.table(rows).splitlines()
     assert 'a card, torch 2, CUDA 13, commit abc1234' in lines[0]
     assert [line.split('|')[-2].strip() for line in lines[4:]] == ['1.00', '1.25', '1.00', '1.50', '1.00', '1.20']
+    assert '| - |' in step_bench.table([{**rows[0], 'mfu': None}]) # a card whose peak is not known
     step_bench.picture(rows, tmp_path / 'step.png')
     assert (tmp_path / 'step.png').stat().st_size > 5000
 
@@ -213,6 +215,8 @@ def test_inference_says_whether_all_ways_write_the_same_text(gpt2_folder, run_he
     ('--init_from=no/such/model', "--init_from=no/such/model: cannot load 'no/such/model'"),
     ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'), ('--start=', '--start must hold tokens'),
+    ('--batches=1,4', "--batches must be like '1 4 16', not '1,4'"),
+    ('--sizes=24x16', "--sizes must be like '24x16x1024 12x12x768', not '24x16'"),
 ])
 def test_inference_refuses_what_it_cannot_do_in_one_line(flag, words, gpt2_folder, run_here):
     assert_refused(run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', flag), words)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import choose
+from configurator import _why_no_kernel, choose
 from conftest import PYTHON, ROOT, TINY, assert_refused, run_script, write_ids
 from plain_gpt import PlainGPT, nanogpt_losses, nanogpt_optimizer
 
@@ -474,7 +474,14 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_command_that_builds_it(rea
     assert refused.value.code.count('h100_fwd_setup.py build') == 1
 
 
-@pytest.mark.parametrize('flags', [[], ['--gradient_accumulation_steps=3', '--bias=True', '--grad_clip=0.1']])
+def test_a_count_of_heads_that_cannot_be_is_left_to_the_model_to_refuse(monkeypatch):
+    monkeypatch.setattr('ThunderKittens.examples.attn_causal.why_unavailable', lambda: '')
+    settings = {'device': 'cpu', 'dtype': 'bfloat16', 'n_embd': 32, 'n_head': 0, 'TK_kernel': 'auto'}
+    assert _why_no_kernel(settings, 'cuda', True) == ''
+
+
+@pytest.mark.parametrize('flags', [[], ['--gradient_accumulation_steps=3', '--bias=True', '--grad_clip=0.1'],
+                                   ['--grad_clip=0', '--decay_lr=False', '--full_val=True']])
 def test_the_fast_step_trains_as_model_py_does(flags, tiny, run_here, monkeypatch):
     monkeypatch.setattr('configurator._why_not_fast', lambda *_: '') # it runs on a CPU too, slowly
     found = []

@@ -77,9 +77,10 @@ def table(rows):
         if row['way'] == 'plain':
             plain[row['size'], tokens[1]] = row['tokens_per_s']
             plain[row['size'], tokens] = row['tokens_per_s']
+        mfu = f"{row['mfu']:.1%}" if row['mfu'] else '-' # of a card whose peak is not known
         peer = plain.get((row['size'], tokens), plain[row['size'], tokens[1]])
         lines.append(f"| {row['size']} | {tokens[0]} x {tokens[1]} | {row['way']} | {row['ms_median']:.2f} | "
-                     f"{row['tokens_per_s']:,} | {row['mfu']:.1%} | {row['peak_gib']:.1f} | "
+                     f"{row['tokens_per_s']:,} | {mfu} | {row['peak_gib']:.1f} | "
                      f"{row['tokens_per_s'] / peer:.2f} |")
     return '\n'.join(lines)
 
