@@ -112,6 +112,8 @@ def choose(settings, for_training=True):
     raises        SystemExit with one line where an explicit choice cannot run here
     """
     import torch
+
+    from ThunderKittens.examples import decode
     auto = [name for name in ('device', 'dtype', 'fast', 'compile', 'TK_kernel') if settings.get(name) == 'auto']
     if settings['device'] == 'auto':
         mps = torch.backends.mps.is_available()
@@ -129,7 +131,7 @@ def choose(settings, for_training=True):
         settings['fast'] = not why_not_fast
     if settings.get('compile') == 'auto': # Triton, behind torch.compile, needs compute capability 7.0
         settings['compile'] = (for_training and device_type == 'cuda' and not settings.get('fast')
-                               and torch.cuda.get_device_capability() >= (7, 0))
+                               and torch.cuda.get_device_capability() >= (7, 0) and decode.has_c_compiler())
     why_not = _why_no_kernel(settings, device_type, for_training)
     if settings['TK_kernel'] is True and why_not:
         hint = "" if 'h100_fwd_setup.py' in why_not or settings.get('plain') else f" (what builds it: {BUILD_KERNEL})"

@@ -434,7 +434,7 @@ while True:
         x, y = train_batch(next_places)
         if not fast:
             scaler.scale(loss * share * world_size).backward()
-        total += loss.detach()
+            total += loss.detach()
     bad = fast_step.update() if fast else update(total)
     bad_in_a_row.add_(1).mul_(bad)
     bad_in_all.add_(bad)

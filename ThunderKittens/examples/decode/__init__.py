@@ -26,9 +26,12 @@ def why_unavailable(device_type='cuda'):
         return "Triton is not installed"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the kernels need compute capability 8.0"
-    if not (os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')):
-        return "Triton needs a C compiler"
-    return ''
+    return '' if has_c_compiler() else "Triton needs a C compiler"
+
+
+def has_c_compiler():
+    """Whether Triton, also behind torch.compile, can build what launches its kernels."""
+    return bool(os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang'))))
 
 
 def can_replay(device):
