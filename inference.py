@@ -174,16 +174,16 @@ def measure():
     return found
 
 
-def median_s(generate, prompt, n):
+def median_s(generate, prompt, n, times=None):
     """Seconds of generate(prompt, n), the median of `repeats` after two: the first compiles, the second captures."""
-    times_s = [seconds(lambda: generate(prompt, n, **CHOICE)) for _ in range(2 + repeats)]
+    times_s = [seconds(lambda: generate(prompt, n, **CHOICE)) for _ in range(2 + (times or repeats))]
     return statistics.median(times_s[2:])
 
 
 def a_token_s(generate, prompt):
     """Seconds a token takes after the first few."""
-    few = 4
-    return (median_s(generate, prompt, few + AWHILE) - median_s(generate, prompt, few)) / AWHILE
+    few, times = 2, 3
+    return (median_s(generate, prompt, few + AWHILE, times) - median_s(generate, prompt, few, times)) / AWHILE
 
 
 def transformers_gpt2(n_layer, n_head, n_embd):
@@ -208,10 +208,15 @@ def cold_start_s(model):
         with subprocess.Popen([sys.executable, HERE / 'sample.py', f'--out_dir={folder}', f'--start={chars[0]}',
                                f'--device={device}', '--num_samples=1', '--max_new_tokens=9'], encoding='utf-8',
                               env={**os.environ, 'PYTHONIOENCODING': 'utf-8'}, stdout=subprocess.PIPE) as process:
-            while (char := process.stdout.read(1)) != chars[0] and char: # what is said before the text
-                pass
+            said = '' # before the text, which begins a line
+            while not said.endswith('\n' + chars[0]) and (char := process.stdout.read(1)):
+                said += char
             process.stdout.read(1)
-            return time.perf_counter() - began
+            took_s = time.perf_counter() - began
+            process.stdout.read()
+        if process.returncode or not said.endswith('\n' + chars[0]):
+            sys.exit(f"sample.py wrote no text, but {said[-500:]!r}")
+        return took_s
 
 
 def report(found):

@@ -176,7 +176,7 @@ def attend(qkv, kv, places):
     out = qkv.new_empty(B, splits, n_head * hs, dtype=torch.float32 if splits > 1 else kv.dtype)
     lse = qkv.new_empty(B, n_head, splits, dtype=torch.float32) if splits > 1 else None
     launch('attend', (splits, n_head, B), qkv, *kv, places, out, lse, room, math.log2(math.e) / math.sqrt(hs),
-           HEADS=n_head, HS=hs, D=power_of_two(hs), SPLITS=splits, BLOCK=32, num_warps=4)
+           HEADS=n_head, HS=hs, D=power_of_two(hs), SPLITS=splits, BLOCK=64 if splits > 1 else 32, num_warps=4)
     return (out, lse) if splits > 1 else (out[:, 0], None)
 
 
@@ -191,7 +191,8 @@ def draw(logits, seeds, temperature, top_k=None, block=2048):
         kth = torch.empty(B, dtype=torch.int32, device=device)
         cols = power_of_two(V)
         warps = max(4, min(32, cols // 2048))
-        kernels.kth_largest[B,](logits, logits.stride(0), kth, V, top_k, COLS=cols, num_warps=warps)
+        kernels.kth_largest[B,](logits, logits.stride(0), kth, V, top_k, math.log2(top_k), COLS=cols,
+                               num_warps=warps)
     blocks = -(-V // block)
     best = torch.empty(B, blocks, device=device)
     token = torch.empty(B, blocks, dtype=torch.long, device=device)

@@ -208,21 +208,37 @@ def sort_key(x):
 
 
 @triton.jit
-def kth_largest(logits, stride, kth, V, TOP_K, COLS: tl.constexpr):
-    """
-    A number that exactly the TOP_K largest of a row reach, or, of equal ones, more.        a program: one row
+def of_sort_key(key):
+    """The float32 whose sort_key is the int64 `key`."""
+    bits = key.to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
-    By halving what lies between the smallest and the largest, as integers in the order of the floats.
+
+@triton.jit
+def kth_largest(logits, stride, kth, V, TOP_K, log_k, COLS: tl.constexpr):
+    """
+    The sort_key of a number that exactly the TOP_K largest of a row reach, or, of equal ones, more.  a program: one row
+
+    Each turn counts how many reach a number between one that too many reach and one that too few do: where it would be
+    if the logarithm of the count fell evenly, as it nearly does far from the middle, and each third turn the middle.
     """
     row, v = tl.program_id(0), tl.arange(0, COLS)
-    x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf'))
-    key = sort_key(x.to(tl.float32))
-    low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1 # reached by TOP_K or more, by fewer
-    reached = TOP_K + 1
-    while (high - low > 1) & (reached != TOP_K):
-        middle = (low + high) >> 1
-        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
-        low, high = tl.where(reached >= TOP_K, middle, low), tl.where(reached >= TOP_K, high, middle)
+    x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
+    key = sort_key(x)
+    low = tl.min(tl.where(x > -float('inf'), key, 0x7FFFFFFF), 0).to(tl.int64)
+    high = tl.max(key, 0).to(tl.int64) + 1
+    reach_low, reach_high, turn = tl.sum((key >= low.to(tl.int32)).to(tl.float32), 0), low * 0.0 + 0.5, 0
+    if reach_low < TOP_K:
+        low = low * 0 - 2139095041 # -inf's key: all reach it
+    while (high - low > 1) & (reach_low > TOP_K):
+        lower, upper = of_sort_key(low), of_sort_key(high)
+        share = (tl.log2(reach_low) - log_k) / (tl.log2(reach_low) - tl.log2(reach_high))
+        guess = sort_key(lower + tl.minimum(tl.maximum(share, 0.02), 0.98) * (upper - lower)).to(tl.int64)
+        middle = tl.where(turn % 3 == 2, (low + high) >> 1, tl.minimum(tl.maximum(guess, low + 1), high - 1))
+        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.float32), 0)
+        enough, turn = reached >= TOP_K, turn + 1
+        low, reach_low = tl.where(enough, middle, low), tl.where(enough, reached, reach_low)
+        high, reach_high = tl.where(enough, high, middle), tl.where(enough, reach_high, tl.maximum(reached, 0.5))
     tl.store(kth + row, low.to(tl.int32))
 
 
