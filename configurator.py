@@ -113,7 +113,7 @@ def choose(settings, for_training=True):
     """
     import torch
 
-    from ThunderKittens.examples import attn_causal
+    from ThunderKittens.examples import decode
     auto = [name for name in ('device', 'dtype', 'fast', 'compile', 'TK_kernel') if settings.get(name) == 'auto']
     if settings['device'] == 'auto':
         mps = torch.backends.mps.is_available()
@@ -131,10 +131,10 @@ def choose(settings, for_training=True):
         settings['fast'] = not why_not_fast
     if settings.get('compile') == 'auto': # Triton, behind torch.compile, needs compute capability 7.0
         settings['compile'] = (for_training and device_type == 'cuda' and not settings.get('fast')
-                               and torch.cuda.get_device_capability() >= (7, 0))
-    why_not = _why_no_kernel(settings, device_type, for_training, attn_causal)
+                               and torch.cuda.get_device_capability() >= (7, 0) and decode.has_c_compiler())
+    why_not = _why_no_kernel(settings, device_type, for_training)
     if settings['TK_kernel'] is True and why_not:
-        hint = "" if 'h100_fwd_setup.py' in why_not else f" (what builds it: {BUILD_KERNEL})"
+        hint = "" if 'h100_fwd_setup.py' in why_not or settings.get('plain') else f" (what builds it: {BUILD_KERNEL})"
         sys.exit(f"--TK_kernel=True cannot run here: {why_not}{hint}")
     if settings['TK_kernel'] == 'auto':
         settings['TK_kernel'] = not why_not
@@ -156,15 +156,18 @@ def _why_not_fast(settings, device_type):
     return gpt2_step.why_not(device_type, settings['dtype'])
 
 
-def _why_no_kernel(settings, device_type, for_training, attn_causal):
+def _why_no_kernel(settings, device_type, for_training):
     """'' if the ThunderKittens kernel can run with these settings, else the reason in a few words."""
+    from ThunderKittens.examples import attn_causal
     if settings.get('plain'):
         return "plain=True is plain nanoGPT"
     if device_type != 'cuda':
         return f"it runs on a CUDA device, not on {device_type}"
     if settings['dtype'] != 'bfloat16':
         return f"it takes bfloat16, not {settings['dtype']}"
-    head_dim = settings['n_embd'] // settings['n_head'] if 'n_embd' in settings else 64 # of every pretrained GPT-2
+    head_dim = 64 # of every pretrained GPT-2
+    if settings.get('n_head', 0) > 0: # else GPTConfig refuses it
+        head_dim = settings['n_embd'] // settings['n_head']
     dropout = settings.get('dropout', 0.0) if for_training else 0.0
     return attn_causal.why_unavailable() or attn_causal.why_not_for(head_dim, dropout)
 

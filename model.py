@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ThunderKittens.examples import decode
 from ThunderKittens.examples.attn_causal import causal_attention_qkv
 
 
@@ -106,12 +107,14 @@ class LayerCache:
     """
 
     def __init__(self, room, lengths):
-        self.room, self.lengths, self.filled = room, lengths, 0 # filled: tokens of the longest row
+        self.room, self.lengths = room, lengths
+        self.kv, self.filled = None, 0 # filled: tokens of the longest row
 
     def fill(self, qkv, n_head):
         """Keep a prompt's keys and values: qkv (B, T, 3C), rows shorter than T padded on the right."""
         B, T, C3 = qkv.shape
-        self.kv = qkv.new_zeros(2, B, n_head, self.room, C3 // 3 // n_head) # (2, B, nh, room, hs)
+        if self.kv is None:
+            self.kv = qkv.new_zeros(2, B, n_head, self.room, C3 // 3 // n_head) # (2, B, nh, room, hs)
         self.kv[:, :, :, :T] = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)[1:]
         self.filled = T
 
@@ -122,7 +125,7 @@ class LayerCache:
         rows = torch.arange(B, device=q.device)
         self.kv[0, rows, :, self.lengths] = k # over the padding of a shorter row
         self.kv[1, rows, :, self.lengths] = v
-        self.filled += 1
+        self.filled = min(self.filled + 1, self.room)
         k, v = self.kv[..., :self.filled, :] # (B, nh, filled, hs) each
         seen = torch.arange(self.filled, device=q.device) <= self.lengths[:, None] # (B, filled)
         y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None]) # (B, nh, 1, hs)
@@ -162,6 +165,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.writers = {} # what generation keeps for the next call of the same shape
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -183,6 +187,10 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
+
+    def __getstate__(self):
+        """What a copy or a pickle of the model takes along: no CUDA graphs, which belong to these very tensors."""
+        return {**self.__dict__, 'writers': {}}
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, by default without the position embeddings (the token ones are the head's)."""
@@ -303,6 +311,15 @@ class GPT(nn.Module):
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
 
+    def cast_linears(self, dtype):
+        """Linear weights and biases in `dtype`, as autocast casts them at each use, for generation. The head's are no
+        longer the embedding's: that stays float32, as LayerNorms do."""
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return self
+
     def flops_per_token(self, causal=False):
         """
         Training FLOPs of one token, forward and backward: 6N + 12 L H Q T, PaLM's appendix B, arXiv:2204.02311.
@@ -349,33 +366,100 @@ class GPT(nn.Module):
         generate() for prompts of any lengths, a list of (T) int64: yields each row's next token, (B) int64.
 
         Keys and values are kept until the longest row holds block_size tokens. From there on the window moves, every
-        place in it is another one, and as in nanoGPT each new token takes the whole window.
+        place in it is another one, and as in nanoGPT each new token takes the whole window. On a GPU a token costs the
+        host the replay of a CUDA graph, and nothing here waits for the device: reading a token is what waits.
         """
-        device, block_size = prompts[0].device, self.config.block_size
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device) # (B)
-        longest = max(map(len, prompts)) # on the host, which never has to ask the device
-        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True) # (B, T)
-        text = F.pad(text, (0, max_new_tokens)) # room for what comes
-        seeds = row_seeds(seed, len(prompts), device)
-        rows = torch.arange(len(prompts), device=device)
-        caches = [LayerCache(min(block_size, longest + max_new_tokens), lengths) for _ in range(self.config.n_layer)]
-        ids = None
-        for n in range(max_new_tokens):
-            if n > 0 and longest + n <= block_size: # the newest token alone, at its own place
-                with sdpa_kernel(WHILE_GENERATING):
-                    x = self.features(ids[:, None], lengths[:, None], caches)[:, 0] # (B, C)
-                lengths += 1
-            else: # each row's window
-                lengths += n > 0
-                first = (lengths - block_size).clamp(min=0) # (B)
-                places = torch.arange(min(longest + n, block_size), device=device) # (T)
-                window = text.gather(1, first[:, None] + places) # (B, T)
-                keep = caches if longest + n <= block_size else None
-                with sdpa_kernel(WHILE_GENERATING):
-                    x = self.features(window, places, keep)[rows, lengths - first - 1] # (B, C)
-            ids = pick(self.lm_head(x), seeds, lengths, **choice)
-            text.scatter_(1, lengths[:, None], ids[:, None])
-            yield ids
+        if max_new_tokens < 1:
+            return
+        device, block_size, longest = prompts[0].device, self.config.block_size, max(map(len, prompts))
+        T, new = longest, max_new_tokens
+        if decode.can_replay(device): # what is captured serves all prompts of about this length
+            T, new = (-(-n // 64) * 64 for n in (longest, max_new_tokens))
+        key = str((device, len(prompts), T, new, sorted(choice.items()), self.training,
+                   torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
+                   torch.get_float32_matmul_precision(), [block.attn.TK_kernel for block in self.transformer.h],
+                   [p.data_ptr() for p in self.parameters()])) # all that a captured graph depends on
+        writer = self.writers.pop(key, None) # nobody else's while this one writes
+        if writer is None:
+            self.writers.clear() # and with it the memory
+            writer = Writer(self, len(prompts), T, new, choice, device)
+        writer.begin(prompts, seed)
+        try:
+            for n in range(max_new_tokens):
+                way = 'prompt' if n == 0 else 'newest' if longest + n <= block_size else 'window'
+                writer.take[way]()
+                yield writer.text[:, T + n].clone()
+        except GeneratorExit: # enough has been read
+            pass
+        if decode.can_replay(device) and not writer.casts:
+            self.writers[key] = writer
+
+
+class Writer:
+    """
+    Rows of text that grow by a token each at a time, in tensors that keep their places, so that on a GPU each of the
+    three ways to the next token becomes a CUDA graph: take['prompt'], then take['newest'] or take['window'].
+
+    T    columns for the prompts, which stand at their right end: all rows' newest tokens share a column
+    new  columns after them
+    """
+
+    def __init__(self, model, B, T, new, choice, device):
+        self.model, self.choice, self.device, self.casts = model, choice, device, False
+        self.T, self.block_size = T, model.config.block_size
+        self.text = torch.zeros(B, T + new, dtype=torch.long, device=device)
+        self.counters = torch.zeros(1 + B, dtype=torch.long, device=device)
+        self.newest, self.place = self.counters[:1], self.counters[1:] # the newest token's column; its place in a row
+        self.rows, self.seeds = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
+        self.caches = [LayerCache(min(self.block_size, T + new), self.place) for _ in model.transformer.h]
+        self.step = None
+        self.take = {'prompt': self.take_prompt, 'newest': self.take_newest, 'window': self.take_window}
+        if decode.can_replay(device):
+            self.take['prompt'], self.take['window'] = map(decode.replayed, (self.take_prompt, self.take_window))
+            drops = model.training and model.config.dropout > 0 # which the kernels do not
+            if not drops and not decode.why_unavailable(device.type):
+                self.take['newest'] = decode.replayed(self.take_newest_by_kernels)
+
+    def begin(self, prompts, seed):
+        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')
+        self.text[:, self.T - text.size(1):self.T] = text
+        self.counters.copy_(torch.tensor([self.T - 1] + [len(prompt) - 1 for prompt in prompts]))
+        self.seeds.copy_(row_seeds(seed, len(prompts), self.device))
+
+    def append(self, logits):
+        """Draw each row's next token: logits (B, V)."""
+        self.counters.add_(1)
+        self.text.index_copy_(1, self.newest, pick(logits, self.seeds, self.place, **self.choice)[:, None])
+
+    def take_window(self, T=None, caches=None):
+        """The last T tokens of each row, all of a shorter one."""
+        T = T or self.block_size
+        first = self.newest - self.place + (self.place + 1 - T).clamp(min=0) # (B) a window's first column
+        places = torch.arange(T, device=self.device)
+        columns = (first[:, None] + places).clamp(max=self.text.size(1) - 1) # (B, T); none sees what follows a row
+        with sdpa_kernel(WHILE_GENERATING):
+            x = self.model.features(self.text.gather(1, columns), places, caches)[self.rows, self.newest - first]
+        self.append(self.model.lm_head(x))
+
+    def take_prompt(self):
+        """The prompts, whose keys and values are kept."""
+        for cache in self.caches:
+            cache.filled = 0
+        self.take_window(min(self.T, self.block_size), self.caches)
+
+    def take_newest(self):
+        """The newest tokens alone, at their own places, looking back at what is kept."""
+        ids, place = self.text.index_select(1, self.newest), self.place[:, None] # (B, 1) each
+        with sdpa_kernel(WHILE_GENERATING):
+            x = self.model.features(ids, place, self.caches)[:, 0] # (B, C)
+        self.append(self.model.lm_head(x))
+
+    def take_newest_by_kernels(self):
+        """The same in few kernels."""
+        if self.step is None:
+            self.step = decode.Step(self.model, [cache.kv for cache in self.caches])
+            self.casts = self.caches[0].kv.dtype != self.model.lm_head.weight.dtype
+        self.append(self.step(self.text, self.newest, self.place))
 
 
 # Every new token is another length, and cuDNN would plan anew for each.
@@ -411,6 +495,8 @@ def pick(logits, seeds, place, temperature=1.0, top_k=None, top_p=None, n_tokens
     logits = logits[:, :n_tokens].float()
     if temperature == 0:
         return logits.argmax(dim=-1)
+    if top_p is None and not decode.why_unavailable(logits.device.type):
+        return decode.draw(logits, seeds + place, temperature, top_k) # the same in few kernels
     logits = logits / temperature
     if top_k is not None:
         kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ThunderKittens.examples.decode import why_unavailable as why_no_step
 from configurator import configure
 from data.run import load_model
 from data.tokens import tokenizer
@@ -39,11 +40,12 @@ config = configure(globals(), auto={'compile': bool, 'TK_kernel': bool})
 for _name, _least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
     if not config[_name] >= _least:
         sys.exit(f"--{_name} must be at least {_least}, not {config[_name]}")
-
+if seed >= 2**63:
+    sys.exit(f"--seed must be below {2**63}, not {seed}")
 if not 0 <= top_p <= 1:
     sys.exit(f"--top_p must be at least 0 and at most 1, not {top_p}")
 stop = stop.replace('\\n', '\n')
-LOOK_EVERY = 8 # tokens
+LOOK_EVERY = 8 # tokens; looking takes a moment of the host's
 
 # the texts to continue
 starts = [start]
@@ -71,6 +73,12 @@ if max(map(max, prompts)) >= model.config.vocab_size:
 
 torch.set_float32_matmul_precision('high')
 model.to(device)
+if device_type == 'cuda':
+    torch.cuda.set_device(torch.device(device).index or 0)
+    if why_no_step():
+        print(f"each token takes longer than it could: {why_no_step()}", file=sys.stderr)
+if dtype != 'float32':
+    model.cast_linears(getattr(torch, dtype))
 if config['compile']:
     model.features = torch.compile(model.features, dynamic=True)
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
@@ -82,21 +90,42 @@ def text_of(ids):
     return text, bool(found)
 
 
+def looks(stream):
+    """
+    The tokens of a stream in lists of (B) on the host: the first, then LOOK_EVERY at a time. A GPU copies them while it
+    goes on and they are taken one list late, so that it never waits.
+    """
+    new, late = [], None
+    for n, ids in enumerate(stream, start=1):
+        new.append(ids)
+        if n > 1 and n % LOOK_EVERY and n < max_new_tokens:
+            continue
+        rows, new = torch.stack(new).to('cpu', non_blocking=True), []
+        if device_type != 'cuda':
+            yield rows.tolist()
+            continue
+        if late:
+            late[1].synchronize()
+            yield late[0].tolist()
+        late = rows, torch.cuda.current_stream().record_event()
+    if late:
+        late[1].synchronize()
+        yield late[0].tolist()
+
+
 # all samples grow side by side; the first is shown as it comes
 texts = [prompt for prompt in prompts for _ in range(num_samples)]
-new = torch.empty(len(texts), 0, dtype=torch.long, device=device)
+rows = [[] for _ in texts] # the new tokens
+print(decode(texts[0]), end='', flush=True)
 began, shown = time.perf_counter(), ''
-print(decode(texts[0]), end='')
 with autocast:
-    for n, ids in enumerate(model.stream([torch.tensor(ids, device=device) for ids in texts], max_new_tokens, seed,
-                                         temperature=temperature, top_k=top_k or None, top_p=top_p or None,
-                                         n_tokens=n_tokens), start=1):
-        new = torch.cat((new, ids[:, None]), dim=1)
-        if n % LOOK_EVERY and n < max_new_tokens:
-            continue # looking waits for the device
-        rows = new.tolist()
+    for new in looks(model.stream([torch.tensor(ids, device=device) for ids in texts], max_new_tokens, seed,
+                                  temperature=temperature, top_k=top_k or None, top_p=top_p or None,
+                                  n_tokens=n_tokens)):
+        for row, ids in zip(rows, zip(*new)):
+            row.extend(ids)
         text, ended = text_of(rows[0])
-        if not ended and n < max_new_tokens:
+        if not ended and len(rows[0]) < max_new_tokens:
             text = text.rstrip('\ufffd') # the rest of a character may still come
             text = text[:max(0, len(text) - len(stop))] # and of the stop
         if len(text) > len(shown):
@@ -106,7 +135,8 @@ with autocast:
             break
 took_s = time.perf_counter() - began
 print('\n---------------')
-for ids, row in list(zip(texts, new.tolist()))[1:]:
+for ids, row in list(zip(texts, rows))[1:]:
     print(decode(ids) + text_of(row)[0])
     print('---------------')
-print(f"{new.numel():,} tokens in {took_s:.1f} s, {new.numel() / took_s:,.0f} tokens/s", file=sys.stderr)
+n = sum(map(len, rows))
+print(f"{n:,} tokens in {took_s:.1f} s, {n / took_s:,.0f} tokens/s", file=sys.stderr)

@@ -5,8 +5,8 @@ Trains a GPT, on one device or, under torchrun, on many.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py
 
-In out_dir it leaves checkpoints, log.csv and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C) and
-SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
+In out_dir it leaves checkpoints, log.csv, machine.txt and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C)
+and SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
 """
 import functools
 import math
@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import (Checkpoints, RunLog, StopSignal, explain_error, fresh_store, leave_group,
-                      newest_checkpoint)
+from data.run import (Checkpoints, RunLog, StopSignal, begun_before, explain_error, fresh_store, known_heads, launcher,
+                      leave_group, newest_checkpoint)
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import TrainStep
@@ -109,6 +109,8 @@ def check_settings():
                  'save_interval'):
         if not 0 <= config[name] < math.inf:
             sys.exit(f"--{name} must be at least 0 and finite, not {config[name]}")
+    if seed >= 2**32:
+        sys.exit(f"--seed must be below {2**32}, not {seed}")
     for name in ('beta1', 'beta2'):
         if not 0 <= config[name] < 1:
             sys.exit(f"--{name} must be at least 0 and below 1, not {config[name]}")
@@ -125,15 +127,15 @@ def check_settings():
 check_settings()
 sys.excepthook = explain_error
 run_id = os.environ.get('TORCHELASTIC_RUN_ID', '')
+store = fresh_store(rank, world_size) if ddp else None
 checkpoint = {}
 if init_from == 'resume':
     checkpoint = newest_checkpoint(out_dir, say)
-elif int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and list(Path(out_dir).glob('last-*.pt')):
+elif ddp and begun_before(out_dir, run_id, store, rank, world_size):
     found = newest_checkpoint(out_dir, say)
     if found.get('run_id') == run_id: # torchrun started this run again: it goes on, whatever it began from
         init_from, checkpoint = 'resume', found
-if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
-    config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
+config.update(known_heads(init_from, checkpoint))
 choose(config)
 device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'fast', 'compile', 'TK_kernel'))
 if residual != 'float32' and not fast:
@@ -146,7 +148,6 @@ if ddp:
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     if backend == 'nccl' and device_type != 'cuda':
         sys.exit(f"--backend=nccl needs CUDA devices, not {device}; gloo runs anywhere")
-    store = fresh_store(rank, world_size)
     dist.init_process_group(backend=backend, store=store, rank=rank, world_size=world_size)
     control = dist.new_group(backend='gloo') # small words between the processes, beside the gradients
 if master:
@@ -313,7 +314,7 @@ def get_lr(it):
 
 def rank_state():
     """What this process needs to go on exactly here: its random numbers and the batch that waits."""
-    state = {'cpu_rng': torch.get_rng_state(), 'next_places': next_places}
+    state = {'cpu_rng': torch.get_rng_state(), 'next_places': next_places, 'launcher': launcher()}
     if device_type == 'cuda':
         state['cuda_rng'] = torch.cuda.get_rng_state(device)
     return state
@@ -345,8 +346,11 @@ def log(**row):
         run_log.add({'step': step, **row, 'elapsed_s': round(time.time() - _started, 1)})
 
 
-run_log = RunLog(out_dir, step, f"{dataset}, {raw_model.get_num_params() / 1e6:.1f}M", say) if master else None
-checkpoints = Checkpoints(out_dir, keep_last, say) if master else None
+run_log = checkpoints = None
+if master: # an evaluation alone leaves a folder as it is: a run may be at work there
+    run_log = RunLog(None if eval_only else out_dir, step, f"{dataset}, {raw_model.get_num_params() / 1e6:.1f}M", say)
+if master and not eval_only:
+    checkpoints = Checkpoints(out_dir, keep_last, say, anew=init_from != 'resume')
 if wandb_log and master:
     run_log.start_wandb(wandb_project, wandb_run_name, config, wandb_id)
 
@@ -356,12 +360,7 @@ bad_in_a_row, bad_in_all = torch.zeros((), device=device), torch.zeros((), devic
 
 
 def update(loss):
-    """Clip and step, unless `loss` or a gradient is not finite on any process."""
-    if fast:
-        bad = fast_step.update()
-        bad_in_a_row.add_(1).mul_(bad)
-        bad_in_all.add_(bad)
-        return
+    """Clip and step, unless `loss` or a gradient is not finite on any process: 1 if so and 0 otherwise, 0-d."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     bad = (~(norm.isfinite() & loss.isfinite())).float()
@@ -374,13 +373,12 @@ def update(loss):
         scaler.update()
     elif not bad:
         optimizer.step()
-    bad_in_a_row.add_(1).mul_(bad)
-    bad_in_all.add_(bad)
     optimizer.zero_grad(set_to_none=True)
+    return bad
 
 
 # training
-first_step, bad_said = step, 0
+first_step, skipped_said = step, 0
 stop = StopSignal(control)
 if resumed:
     torch.set_rng_state(resumed['cpu_rng'])
@@ -435,8 +433,10 @@ while True:
         x, y = train_batch(next_places)
         if not fast:
             scaler.scale(loss * share * world_size).backward()
-        total += loss.detach()
-    update(total)
+            total += loss.detach()
+    bad = fast_step.update() if fast else update(total)
+    bad_in_a_row.add_(1).mul_(bad)
+    bad_in_all.add_(bad)
 
     # say how it goes
     if step % log_interval == 0:
@@ -453,10 +453,10 @@ while True:
             mfu=round(mfu, 4) if mfu >= 0 else None)
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s" + (f", mfu {mfu:.1%}" if mfu >= 0 else ""),
                             refresh=False)
-        bad = int(bad_in_all)
-        if bad > bad_said:
-            say(f"warning: {bad - bad_said} steps up to {step} had a NaN or Inf and were skipped")
-            bad_said = bad
+        skipped = int(bad_in_all)
+        if skipped > skipped_said:
+            say(f"warning: {skipped - skipped_said} steps up to {step} had a NaN or Inf and were skipped")
+            skipped_said = skipped
         if bad_in_a_row >= max_bad_steps:
             sys.exit(f"{int(bad_in_a_row)} steps in a row had a NaN or Inf; the last good checkpoint is in {out_dir}")
     step += 1
@@ -465,8 +465,9 @@ while True:
 bar.close()
 if full_val and not stop.agreed:
     say(f"val loss over all of val.bin: {full_val_loss():.4f}")
-if master:
+if checkpoints:
     checkpoints.wait()
+if run_log:
     run_log.finish()
 status = 128 + int(stop.agreed) if stop.agreed else 0
 if status:

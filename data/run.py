@@ -5,18 +5,23 @@ What a run leaves in out_dir.
     best.pt         the lowest val loss so far
     last-STEP.pt    the newest few, to go on from; they and the two above share their bytes on the disk
     log.csv         a row for every line that train.py prints
+    machine.txt     a line for every start: the step, the card, the versions, the commit
     loss.png        the loss curves so far
 
-and how it is stopped: StopSignal.
+and how it is stopped: StopSignal. A run that begins anew in an old one's folder starts log.csv again, and its first
+checkpoint takes the place of all that the old one left.
 
 A checkpoint is a dict with nanoGPT's model, optimizer, model_args, iter_num, best_val_loss and config; what is
 ours stands beside these keys, and nanoGPT does not look at it. A file is written whole or not at all, checked
 when it is read, and read without running anything that it holds.
 """
 import csv
+import json
 import os
 import pickle
+import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +29,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -34,6 +40,9 @@ from data.tokens import read_meta
 from model import GPT
 
 
+PINNED_bytes = 32 << 20 # of host memory that a GPU writes to directly
+
+
 class Checkpoints:
     """
     Writes checkpoints beside the training: save() takes a copy and returns, a thread writes it.
@@ -41,17 +50,25 @@ class Checkpoints:
     out_dir    the folder; it exists
     keep_last  how many last-STEP.pt stay
     say        prints a line
+    anew       whether the run began anew: then what an earlier run left here goes once the first checkpoint is written
     """
 
-    def __init__(self, out_dir, keep_last, say):
+    def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
+        self.others = _checkpoints_in(self.out_dir) if anew else []
+        self.said_no_room = False
+        on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
+        self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
         for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
             part.unlink(missing_ok=True)
 
     def save(self, checkpoint, names):
         """Copy the checkpoint as it is now, and write it as last-STEP.pt and under each of `names`."""
         self.wait() # two at a time would only share the disk
-        copied, arrived = _copy(checkpoint)
+        copied, arrived, had_room = _copy(checkpoint)
+        if not (had_room or self.said_no_room):
+            self.say("the GPU has no room for a copy of the checkpoint: training waits while one goes to the host")
+            self.said_no_room = True
         self.thread = threading.Thread(target=self._write, args=(copied, arrived, names))
         self.thread.start()
 
@@ -64,14 +81,21 @@ class Checkpoints:
     def _write(self, checkpoint, arrived, names):
         last = self.out_dir / f"last-{checkpoint['iter_num']:08d}.pt"
         try:
-            _replace(last, lambda part: _torch_save(_to_cpu(checkpoint, arrived), part))
+            _replace(last, lambda part: _torch_save(_to_host(checkpoint, arrived, self.pinned), part))
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
-            for old in sorted(self.out_dir.glob('last-*.pt'))[:-self.keep_last]:
-                old.unlink(missing_ok=True)
+            self._forget_all_but(last, names)
         except (OSError, RuntimeError) as e: # torch.save turns a full disk into a RuntimeError
             reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             self.say(f"warning: no checkpoint at step {checkpoint['iter_num']} ({reason}); the earlier ones are whole")
+
+    def _forget_all_but(self, last, names):
+        """Unlink the oldest, and what would be taken for newer than `last` but is another run's or was passed over."""
+        lasts = sorted(self.out_dir.glob('last-*.pt'))
+        n = lasts.index(last) + 1
+        others, self.others = [path for path in self.others if path.name not in (last.name, *names)], []
+        for path in lasts[:n][:-self.keep_last] + lasts[n:] + others:
+            path.unlink(missing_ok=True)
 
 
 def _replace(path, write):
@@ -114,35 +138,63 @@ def _map_tensors(value, f):
 
 def _copy(checkpoint):
     """
-    The checkpoint with its tensors copied where they are, and the event after which the copies are complete (None
-    on a CPU). On a GPU with less room than the copies need, they go to the host at once, and training waits.
+    The checkpoint with copies of its tensors, all those of a GPU side by side in one piece of its memory: a second
+    copy there takes a millisecond a gigabyte, the way to the host hundreds.
+
+    returns  (checkpoint, event, had_room): on a GPU the copies are complete after the event, elsewhere it is None; a
+             GPU without room for them has them on the host at once
     """
-    seen = {} # tied weights stay tied
-    tensors = []
-    _map_tensors(checkpoint, lambda t: tensors.append(t) or t)
-    on_gpu = [t for t in tensors if t.is_cuda]
-    room = not on_gpu or torch.cuda.mem_get_info(on_gpu[0].device)[0] > 1.1 * sum(t.nbytes for t in on_gpu)
+    tensors = {} # tied weights stay tied
+    _map_tensors(checkpoint, lambda t: tensors.setdefault(_place(t), t.detach()))
+    on_gpu = {place: t for place, t in tensors.items() if t.is_cuda}
+    ends = list(accumulate(-t.nbytes % 16 + t.nbytes for t in on_gpu.values())) # each begins where any dtype may
+    had_room = not on_gpu or torch.cuda.mem_get_info()[0] > 1.1 * ends[-1]
+    copies = {place: t.cpu() if t.is_cuda else t.clone() for place, t in tensors.items()
+              if not (had_room and t.is_cuda)}
+    event = None
+    if on_gpu and had_room:
+        memory = torch.empty(ends[-1], dtype=torch.uint8, device=next(iter(on_gpu.values())).device)
+        for (place, t), start in zip(on_gpu.items(), [0, *ends]):
+            copies[place] = memory[start:start + t.nbytes].view(t.dtype).view(t.shape)
+        torch._foreach_copy_([copies[place] for place in on_gpu], list(on_gpu.values()))
+        event = torch.cuda.current_stream().record_event()
+    return _map_tensors(checkpoint, lambda t: copies[_place(t)]), event, had_room
 
-    def copy(t):
-        if t.data_ptr() not in seen or seen[t.data_ptr()].shape != t.shape:
-            seen[t.data_ptr()] = t.detach().clone() if room else t.detach().cpu()
-        return seen[t.data_ptr()]
-    return _map_tensors(checkpoint, copy), torch.cuda.current_stream().record_event() if on_gpu else None
+
+def _place(t):
+    """What two tensors that are the same one have in common."""
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
-def _to_cpu(checkpoint, arrived):
-    """The copies on the host, moved on a stream of their own so that training does not wait."""
-    if arrived is None:
+def _to_host(checkpoint, event, pinned):
+    """
+    The checkpoint on the host, for the thread that writes it. On a stream of its own and by way of pinned memory, or
+    the driver would keep the training from launching its kernels until the last byte is there.
+    """
+    if event is None:
         return checkpoint
-    seen = {}
+    on_host = {}
 
     def move(t):
-        if t.is_cuda and t.data_ptr() not in seen:
-            seen[t.data_ptr()] = t.cpu()
-        return seen[t.data_ptr()] if t.is_cuda else t
-    with torch.cuda.stream(torch.cuda.Stream(arrived.device)):
-        arrived.wait()
+        if t.is_cuda and _place(t) not in on_host:
+            on_host[_place(t)] = host = torch.empty(t.shape, dtype=t.dtype)
+            for source, target in zip(_as_bytes(t).split(len(pinned)), _as_bytes(host).split(len(pinned))):
+                pinned[:len(source)].copy_(source, non_blocking=True)
+                stream.synchronize()
+                target.numpy()[:] = pinned[:len(source)].numpy() # by one core: torch's copy would take them all
+        return on_host[_place(t)] if t.is_cuda else t
+    stream = torch.cuda.Stream(event.device)
+    with torch.cuda.stream(stream):
+        event.wait()
         return _map_tensors(checkpoint, move)
+
+
+def _as_bytes(t):
+    return t.reshape(-1).view(torch.uint8)
+
+
+def _checkpoints_in(folder):
+    return [folder / 'ckpt.pt', folder / 'best.pt', *folder.glob('last-*.pt')]
 
 
 def newest_checkpoint(out_dir, say):
@@ -151,7 +203,7 @@ def newest_checkpoint(out_dir, say):
     SystemExit with one line where there is none.
     """
     found = []
-    for path in [Path(out_dir, 'ckpt.pt'), Path(out_dir, 'best.pt'), *Path(out_dir).glob('last-*.pt')]:
+    for path in _checkpoints_in(Path(out_dir)):
         try:
             checkpoint = _load(path)
             found.append((checkpoint['iter_num'], path.name, checkpoint))
@@ -189,8 +241,7 @@ def load_model(config):
     """
     init_from = config['init_from']
     checkpoint = read_checkpoint(Path(config['out_dir'], 'ckpt.pt')) if init_from == 'resume' else {}
-    if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
-        config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
+    config.update(known_heads(init_from, checkpoint))
     choose(config, for_training=False)
     ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
     try:
@@ -202,6 +253,18 @@ def load_model(config):
     if meta is None and checkpoint: # a checkpoint of nanoGPT's own: the data set it names says how to read it
         meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
     return model.eval(), meta or {}
+
+
+def known_heads(init_from, checkpoint):
+    """n_head and n_embd of a checkpoint or a folder in transformers' format, in a dict: choose() looks at them."""
+    known = checkpoint.get('model_args')
+    if Path(init_from).is_dir():
+        try:
+            known = json.loads(Path(init_from, 'config.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError): # whoever loads the model says what is wrong
+            pass
+    known = known if isinstance(known, dict) else {}
+    return {name: known[name] for name in ('n_head', 'n_embd') if type(known.get(name)) is int and known[name] > 0}
 
 
 def _load(path):
@@ -235,9 +298,10 @@ def _why_damaged(path):
 
 class RunLog:
     """
-    log.csv, loss.png and, if asked for, wandb. A disk or a network that refuses is a warning, and the run goes on.
+    log.csv, machine.txt, loss.png and, if asked for, wandb. A disk or a network that refuses is a warning, and the run
+    goes on.
 
-    out_dir     the folder; it exists
+    out_dir     the folder; it exists. None: wandb alone, nothing on the disk
     first_step  rows of an earlier run before this step are kept, 0 starts anew
     title       of the picture
     say         prints a line
@@ -245,10 +309,19 @@ class RunLog:
     FIELDS = ('step', 'train_loss', 'val_loss', 'loss', 'lr', 'time_ms', 'tokens_per_s', 'mfu', 'elapsed_s')
 
     def __init__(self, out_dir, first_step, title, say):
-        self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
         self.title, self.say, self.wandb_run, self.warned = title, say, None, set()
+        self.no_drawing_before, self.undrawn = 0.0, False
+        self.rows, self.csv_path = [], None
+        if out_dir is None:
+            return
+        self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
         self.rows = self._read(first_step) if first_step else []
         self._write('w', [dict(zip(self.FIELDS, self.FIELDS)), *self.rows])
+        try:
+            with open(Path(out_dir, 'machine.txt'), 'a' if first_step else 'w') as f:
+                f.write(f"step {first_step}: {machine()}\n")
+        except OSError as e:
+            self._warn(f"{out_dir}/machine.txt: {e.strerror}")
 
     def _read(self, first_step):
         if not self.csv_path.exists():
@@ -294,12 +367,17 @@ class RunLog:
     def add(self, row):
         """One row, a dict of some of FIELDS."""
         self.rows.append(row)
-        self._write('a', [row])
+        if self.csv_path:
+            self._write('a', [row])
         if self.wandb_run:
             self.wandb_run.log({k: v for k, v in row.items() if v is not None}, step=row['step'])
 
     def draw(self):
-        """loss.png: the curves so far."""
+        """loss.png: the curves so far; not while drawing would take more than a twentieth of the run's time."""
+        began = time.monotonic()
+        self.undrawn = began < self.no_drawing_before
+        if self.undrawn:
+            return
         try:
             import matplotlib
         except ImportError:
@@ -319,10 +397,33 @@ class RunLog:
         except OSError as e:
             self._warn(f"{self.png_path}: {e.strerror}")
         pyplot.close(figure)
+        self.no_drawing_before = time.monotonic() + 19 * (time.monotonic() - began)
 
     def finish(self):
+        if self.undrawn:
+            self.no_drawing_before = 0.0
+            self.draw()
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def machine():
+    """What this process runs on, in a line: the card, the versions, the commit."""
+    on_gpu = torch.cuda.is_initialized() # else the run is on the CPU, whatever card is there
+    device = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    n = dist.get_world_size() if on_gpu and dist.is_initialized() else 1
+    return (f"{n} x " * (n > 1) + f"{device}, torch {torch.__version__}" + f", CUDA {torch.version.cuda}" * on_gpu
+            + f", commit {commit()}")
+
+
+def commit():
+    """This tree's commit, '+' behind it where files have changed since; 'unknown' outside git."""
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--dirty=+'], cwd=Path(__file__).parent, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError: # no git here
+        return 'unknown'
+    return done.stdout.strip() or 'unknown'
 
 
 def explain_error(kind, error, trace):
@@ -352,6 +453,34 @@ def fresh_store(rank, world_size):
                 store.set(f"answer/{store.get(f'call/{other}').decode()}", attempt)
                 time.sleep(0.01)
     return dist.PrefixStore(attempt, store)
+
+
+def launcher():
+    """A name for the process that started this one: torchrun's agent, which stays the same over all its restarts."""
+    parent = os.getppid()
+    try: # where there is /proc, its start too: in a container every launch may have the same number
+        began = Path(f'/proc/{parent}/stat').read_text().rpartition(')')[2].split()[19]
+    except OSError:
+        began = ''
+    return f'{platform.node()} {parent} {began}'
+
+
+def begun_before(out_dir, run_id, store, rank, world_size):
+    """
+    Whether a last-*.pt in out_dir is of this very launch of torchrun: it was saved while the agent of one of the
+    processes, which all call this, was there. The count of restarts does not tell: it stays 0 when a node joins.
+    """
+    mine = False
+    for path in sorted(Path(out_dir).glob('last-*.pt'), reverse=True):
+        try:
+            saved = _load(path)
+        except (FileNotFoundError, ValueError): # whoever goes on from it says so
+            continue
+        ranks = saved.get('ranks') if isinstance(saved.get('ranks'), list) else []
+        ours = any(isinstance(state, dict) and state.get('launcher') == launcher() for state in ranks)
+        mine = mine or bool(run_id) and saved.get('run_id') == run_id and ours
+    store.set(f'begun/{rank}', str(mine))
+    return any([store.get(f'begun/{other}') == b'True' for other in range(world_size)])
 
 
 def leave_group(status):

@@ -7,6 +7,7 @@ import torch
 import configurator
 from conftest import assert_refused, run_script
 from model import sdpa_attention_qkv
+from ThunderKittens.examples.gpt2_step import bench as step_bench
 
 SMALL = ['--dataset=tiny', '--device=cpu', '--batch_size=2', '--block_size=16', '--n_layer=2', '--n_head=2',
          '--n_embd=32', '--vocab_size=64', '--steps=3', '--warmup=1']
@@ -60,7 +61,9 @@ def test_mfu_is_given_for_a_known_card_with_all_and_with_half_of_the_attention(t
 def test_random_data_needs_no_files_and_plain_nanogpt_no_kernel(tiny, run_here, kernel):
     found = last_line(run_here('bench.py', *SMALL, '--real_data=False', '--dataset=nowhere', '--plain=True'))
     assert found['plain'] and not found['real_data'] and not found['TK_kernel']
-    assert_refused(run_here('bench.py', *SMALL, '--plain=True', '--TK_kernel=True'), 'plain=True is plain nanoGPT')
+    for ours in ('--TK_kernel=True', '--fast=True'): # nothing to build helps
+        assert_refused(run_here('bench.py', *SMALL, '--plain=True', ours),
+                       f'{ours} cannot run here: plain=True is plain nanoGPT\n')
 
 
 def test_an_attention_that_is_right_is_timed(tiny, run_here, kernel):
@@ -99,7 +102,7 @@ class NanGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (scaled(1.03), 'gradient of '), (scaled(0.97), 'gradient of '), (scaled(float('nan')), 'loss: off by nan'),
+    (scaled(1.03), 'gradient of '), (scaled(0.97), 'gradient of '), (scaled(float('nan')), 'output: off by nan'),
     (unmasked, 'off by'), (without_gradient, 'gradient of '),
     (without_gradient_of_keys, 'gradient of transformer.h.0.attn.c_attn.weight, keys: off by 1.0000'),
     (lambda qkv, n_head, dropout: NanGradient.apply(sdpa_attention_qkv(qkv, n_head, dropout)), 'off by nan'),
@@ -116,7 +119,7 @@ def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
     names = run_here('bench.py', *SMALL).names
     x, y = names['batches'][0]
     found = names['outcome'](names['make_model'](False), x, y)
-    assert {name.split(',')[0] for name in found} == {'loss', *[
+    assert {name.split(',')[0] for name in found} == {'output', 'loss', *[
         f'gradient of {name}' for name, p in names['model'].named_parameters()]}
     names['outcome'].__globals__['outcome'] = lambda model, x, y, by_hand=False, context=None: (
         {k: v for k, v in found.items() if k != 'loss' or not model.config.TK_kernel})
@@ -128,10 +131,52 @@ def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
     ('--batch_size=0', '--batch_size must be at least 1, not 0'), ('--dataset=nowhere', 'no train.bin'),
     ('--vocab_size=10', 'is not below vocab_size=10'), ('--steps=0', '--steps must be at least 1, not 0'),
     ('--n_head=3', 'n_embd must be a multiple of n_head, got n_embd=32 and n_head=3'),
+    ('--n_layer=0', 'n_layer must be at least 1, not 0'),
     ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
 ])
 def test_what_cannot_be_timed_is_refused_in_one_line(flag, words, tiny, run_here):
     assert_refused(run_here('bench.py', *SMALL, flag), words)
+
+
+# -----------------------------------------------------------------------------
+# the table of shapes
+
+def row(way, B, T=1024, size='124M', tokens_per_s=400_000, peak_gib=10.0):
+    return dict(size=size, way=way, batch_size=B, block_size=T, ms_median=30.0, tokens_per_s=tokens_per_s, mfu=0.4,
+                peak_gib=peak_gib, card='a card', torch='2', cuda='13', commit='abc1234',
+                parts_ms={'matmuls': 9, 'idle': 1})
+
+
+def test_the_table_compares_a_row_with_plain_nanogpt_at_its_shape_else_at_its_length(tmp_path):
+    rows = [row('plain', 16), row('fast', 16, tokens_per_s=500_000), row('plain', 4, 4096, tokens_per_s=300_000),
+            row('fast', 4, 4096, tokens_per_s=450_000), row('plain', 8, size='xl', tokens_per_s=10_000),
+            row('fast', 20, size='xl', tokens_per_s=12_000)]
+    lines = step_bench.table(rows).splitlines()
+    assert 'a card, torch 2, CUDA 13, commit abc1234' in lines[0]
+    assert [line.split('|')[-2].strip() for line in lines[4:]] == ['1.00', '1.25', '1.00', '1.50', '1.00', '1.20']
+    assert '| - |' in step_bench.table([{**rows[0], 'mfu': None}]) # a card whose peak is not known
+    step_bench.picture(rows, tmp_path / 'step.png')
+    assert (tmp_path / 'step.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('first', [4, 20, 28, 40])
+def test_the_largest_batch_is_found_from_above_and_from_below(first, monkeypatch):
+    tried = []
+
+    def run(size, way, B, T):
+        tried.append(B)
+        return row(way, B, peak_gib=2.6 * B) if B <= 28 else {} # GiB of 79
+    monkeypatch.setattr(step_bench, 'run', run)
+    assert step_bench.largest('xl', 'fast', first)['batch_size'] == 28
+    assert len(tried) == len(set(tried))
+
+
+def test_what_fails_ends_the_table_with_its_words_and_a_size_must_be_known(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['bench', '--sizes=124M,huge'])
+    with pytest.raises(SystemExit, match="--sizes takes 124M, medium, large, xl, not 'huge'"):
+        step_bench.main()
+    with pytest.raises(SystemExit, match='--steps must be at least 1, not 0'):
+        step_bench.run('124M', 'plain', 1, 16, '--device=cpu', '--steps=0')
 
 
 # -----------------------------------------------------------------------------
@@ -170,9 +215,22 @@ def test_inference_says_whether_all_ways_write_the_same_text(gpt2_folder, run_he
     ('--init_from=no/such/model', "--init_from=no/such/model: cannot load 'no/such/model'"),
     ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'), ('--start=', '--start must hold tokens'),
+    ('--batches=1,4', "--batches must be like '1 4 16', not '1,4'"),
+    ('--sizes=24x16', "--sizes must be like '24x16x1024 12x12x768', not '24x16'"),
 ])
 def test_inference_refuses_what_it_cannot_do_in_one_line(flag, words, gpt2_folder, run_here):
     assert_refused(run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', flag), words)
+
+
+def test_inference_times_all_ways_over_batch_sizes_and_writes_a_table_and_a_picture(tmp_path, run_here):
+    ran = run_here('inference.py', '--bench=True', '--device=cpu', '--max_new_tokens=6', '--sizes=1x1x8 1x2x16',
+                   '--batches=1 2', '--prompts=1 3', '--repeats=1', f'--out_dir={tmp_path}')
+    found = json.loads((tmp_path / 'generation.json').read_text())
+    assert [(row['size'], row['batch'], row['prompt'], 'transformers' in row) for row in found['speeds']] == [
+        *(('1x1x8', B, T, True) for B in (1, 2) for T in (1, 3)), ('1x2x16', 1, 1, False), ('1x2x16', 1, 3, False)]
+    assert all(row['this'] > 0 for row in found['speeds']) and found['first_token_ms'] > 0
+    assert 0.1 < found['cold_start_s'] < 60 # a process that only imports torch takes longer
+    assert '| 1x1x8 | 2 | 3 |' in ran.out and (tmp_path / 'generation.png').read_bytes()[1:4] == b'PNG'
 
 
 # -----------------------------------------------------------------------------

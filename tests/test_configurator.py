@@ -230,3 +230,15 @@ def test_a_mistake_ends_a_real_run_before_any_work(tmp_path):
     ran = run_script('train.py', 'typo.py', cwd=tmp_path)
     assert_refused(ran, "typo.py: unknown setting 'lerning_rate', did you mean 'learning_rate'?")
     assert [path.name for path in tmp_path.iterdir()] == ['typo.py']
+
+
+@pytest.mark.parametrize('compiler', ['/usr/bin/cc', None])
+def test_a_gpu_without_a_c_compiler_compiles_nothing_by_itself(compiler, monkeypatch):
+    from configurator import choose
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr('shutil.which', lambda name: compiler)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    monkeypatch.setattr('torch.cuda.get_device_capability', lambda: (9, 0))
+    settings = {'device': 'cuda', 'dtype': 'bfloat16', 'fast': False, 'compile': 'auto', 'TK_kernel': False}
+    assert choose(settings)['compile'] == bool(compiler)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from ThunderKittens.examples import decode
 from ThunderKittens.examples.gpt2_step import TrainStep, kernels, why_not
 
 on_gpu = pytest.mark.gpu
@@ -24,9 +25,9 @@ def adamw(model):
     return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
 
 
-def pair(**kw):
+def pair(by_rank=0, **kw):
     """A model, the same once more, and its step by hand: in float64 on the CPU."""
-    torch.manual_seed(1)
+    torch.manual_seed(1 + by_rank)
     plain = GPT(GPTConfig(**{**dict(block_size=16, n_layer=3, n_head=2, n_embd=32), **kw}))
     with torch.no_grad():
         for p in plain.parameters():
@@ -163,9 +164,65 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient_on_purpose(double, monkey
     assert step.update().item() == 1
 
 
+def one_of_two(rank, folder):
+    """A process of two: its own weights at first, its own half of the batch."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f'{folder}/store', 2)
+    torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
+    _, model, step = pair(vocab_size=65, by_rank=rank)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, y = torch.randint(65, (2, 3, 13)), torch.randint(65, (2, 3, 13))
+        step.forward_backward(x[rank], y[rank], share=0.5)
+        step.update()
+    torch.save(model.state_dict(), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_steps_of_one(double, tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    _, model, step = pair(vocab_size=65, by_rank=0)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, y = torch.randint(65, (2, 3, 13)), torch.randint(65, (2, 3, 13))
+        for half in range(2):
+            step.forward_backward(x[half], y[half], share=0.5, first=half == 0)
+        step.update()
+    ends = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+    for name, p in model.state_dict().items():
+        assert torch.equal(ends[0][name], ends[1][name]) and off(ends[0][name], p) < 1e-12, name
+
+
+def test_a_mask_keeps_the_right_share_and_two_seeds_know_nothing_of_each_other():
+    seeds = (1, 1, 2, 2**32 + 1, 2**61)
+    masks = torch.stack([kernels.keep_mask(torch.tensor([seed]), (500, 700), 0.2) for seed in seeds])
+    assert torch.equal(masks[0], masks[1]) and set(masks.unique().tolist()) == {0.0, 1.25}
+    spread = (masks[1:].double() - 1).flatten(1) / 0.5 # of a mask's values: sqrt(0.2 / 0.8)
+    for a in range(4):
+        assert abs(spread[a].mean()) < 5 / 350_000 ** 0.5
+        for b in range(a):
+            assert abs((spread[a] * spread[b]).mean()) < 5 / 350_000 ** 0.5
+        for lag in (1, 2, 32, 700):
+            assert abs((spread[a, lag:] * spread[a, :-lag]).mean()) < 5 / 350_000 ** 0.5
+
+
 def test_where_it_cannot_run_it_says_why():
     assert why_not('cpu', 'bfloat16') == "it runs on a CUDA device, not on cpu"
     assert why_not('cuda', 'float16') == "it computes in bfloat16, not in float16"
+
+
+@pytest.mark.parametrize('lacks, reason', [
+    ({}, ''), ({'compiler': None}, "Triton needs a C compiler"), ({'triton': None}, "Triton is not installed"),
+    ({'capability': (7, 5)}, "the kernels need compute capability 8.0")])
+def test_what_its_kernels_need_is_looked_for_before_the_first_step(lacks, reason, monkeypatch):
+    there = {'triton': True, 'capability': (9, 0), 'compiler': '/usr/bin/cc', **lacks}
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: there['triton'])
+    monkeypatch.setattr('shutil.which', lambda name: there['compiler'])
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: there['capability'])
+    monkeypatch.setattr(decode, 'why_unavailable', decode.why_unavailable.__wrapped__) # without its memory
+    assert why_not('cuda', 'bfloat16') == reason
 
 
 # -----------------------------------------------------------------------------
@@ -269,12 +326,11 @@ def test_the_optimiser_kernels_are_their_definitions(cuda):
 
 
 @on_gpu
-def test_a_mask_keeps_the_right_share_and_depends_on_the_seed(cuda):
-    masks = [kernels.keep_mask(torch.tensor([seed], device=cuda), (500, 700), 0.2) for seed in (1, 1, 2)]
-    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
-    assert set(masks[0].unique().tolist()) == {0.0, 1.25}
-    assert masks[0].mean().item() == pytest.approx(1, abs=0.01)
-    assert (masks[0] * masks[2]).mean().item() == pytest.approx(1, abs=0.02), "two seeds know nothing of each other"
+@pytest.mark.parametrize('seed', [0, 1, 2**31, 2**61 + 98_765_432_101])
+def test_the_kernels_drop_what_the_definition_drops(seed, cuda):
+    for p in (0.2, 0.5, 1e-9):
+        got = kernels.keep_mask(torch.tensor([seed], device=cuda), (123, 457), p)
+        assert torch.equal(got.cpu(), kernels.keep_mask(torch.tensor([seed]), (123, 457), p))
 
 
 def small(cuda, **kw):

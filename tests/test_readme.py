@@ -12,6 +12,7 @@ import subprocess
 import pytest
 
 from conftest import CHARS, PYTHON, ROOT, Ran
+from data.curves import write_section
 
 README = (ROOT / 'README.md').read_text()
 NOT_COPIED = ('.git', '.venv', '.carry', '*.bin', '*.pkl', 'input.txt', 'prepared.json', 'out*', 'wandb', 'build',
@@ -132,6 +133,7 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
     (r'cd ThunderKittens/.*h100_fwd_setup\.py build', setup_of_the_kernels, '--build-temp'),
     (r'python data/shakespeare(_char)?/prepare\.py.*', in_a_process(), 'train.bin has '),
     (r'python data/openwebtext/prepare\.py', in_a_process('--data_files=documents.jsonl', '--num_proc=1'), 'train.bin'),
+    (r'python data/curves\.py .*', in_a_process(), 'picture: loss.png'),
     (r'python data/export\.py .*', in_a_process(), ''),
     (r'python data/hellaswag/evaluate\.py .*', in_a_process('--init_from=gpt2-small', '--data_file=questions.jsonl',
                                                             '--device=cpu'), '"acc_norm": '),
@@ -145,6 +147,9 @@ COMMANDS = [ # what matches the whole command, how it is run, what one then sees
     (r'(\w+=1 )?torchrun .*train\.py .*', torchrun, 'step 2: train loss '),
     (r'python sample\.py --init_from=gpt2\S* .*', with_flags(*SPEAK, LOCAL), '---------------'),
     (r'python sample\.py .*', with_flags(*SPEAK), '---------------'),
+    (r'python inference\.py --bench=True .*', with_flags('--device=cpu', '--max_new_tokens=8', '--sizes=1x1x8',
+                                                         '--batches=1', '--prompts=4', '--repeats=1', '--readme=False'),
+     '| 1x1x8 | 1 | 4 |'),
     (r'python inference\.py.*', with_flags(*SPEAK, LOCAL), '"tokens_per_s": '),
 ]
 GPT2_TOKENS = r'.*(gpt2|shakespeare/|finetune|out-shakespeare$|inference|openwebtext|export|hellaswag).*'
@@ -185,6 +190,15 @@ def test_the_tree_of_the_readme_is_there():
     tree = re.search(r'## The tree\n\n```\n(.*?)```', README, re.DOTALL)[1]
     for path in re.findall(r'^(\S+)', tree, re.MULTILINE):
         assert list(ROOT.glob(path.replace('<name>', '*').rstrip('/'))), path
+
+
+@pytest.mark.parametrize('name', ['step', 'generation', 'curves chars', 'curves gpt2'])
+def test_every_table_that_a_command_writes_has_its_place_in_the_readme(name, tmp_path):
+    page = tmp_path / 'README.md'
+    page.write_text(README)
+    write_section(page, name, 'a table')
+    before, table, after = page.read_text().partition(f'<!-- {name} begin -->\na table\n<!-- {name} end -->\n')
+    assert table and README.startswith(before) and README.endswith(after) # nothing else has changed
 
 
 def test_files_that_the_readme_links_to_are_there():

@@ -8,23 +8,26 @@ import subprocess
 import time
 import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
-from data.run import explain_error, newest_checkpoint
+from data.run import (Checkpoints, RunLog, begun_before, explain_error, known_heads, launcher, newest_checkpoint,
+                      read_checkpoint)
 
 LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
         '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
 
 
-def torchrun(*flags, processes=2, options=('--standalone',), prefix=(), **keywords):
+def torchrun(*flags, processes=2, options=('--standalone',), prefix=(), quiet=False, **keywords):
     """A run under torchrun, in a process group of its own; the prefix may put it onto another host."""
     command = [*prefix, PYTHON, '-m', 'torch.distributed.run', *options, f'--nproc_per_node={processes}',
                str(ROOT / 'train.py'), *LONG, *flags]
-    return subprocess.Popen(command, start_new_session=True, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **keywords)
+    return subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.STDOUT,
+                            stdout=subprocess.DEVNULL if quiet else subprocess.PIPE, # a pipe that nobody reads fills up
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **keywords)
 
 
 def children(pid):
@@ -42,7 +45,8 @@ def kill(run):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     run.wait()
-    run.stdout.close()
+    if run.stdout:
+        run.stdout.close()
 
 
 def read_until(run, words, timeout=60):
@@ -86,11 +90,11 @@ def unbroken(tiny):
     return 'unbroken'
 
 
-def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, pytestconfig):
-    kills, saved, rng = pytestconfig.getoption('--kills'), 0, random.Random(1)
+def kill_at_random_moments(start, kills):
+    """Kill a run of start(flag, ...) and go on, so many times; it must end as the one in 'unbroken' did."""
+    saved, rng = 0, random.Random(1)
     for i in range(kills):
-        resume = ['--init_from=resume'] * (saved > 0)
-        run = torchrun('--out_dir=broken', *resume)
+        run = start('--out_dir=broken', *['--init_from=resume'] * (saved > 0))
         read_until(run, 'iter ')
         time.sleep(rng.random() * 0.5) # not to wait for something: to kill at any moment
         kill(run)
@@ -102,12 +106,83 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, 
             assert saved_now >= saved, f"kill {i}: fell back from step {saved} to {saved_now}"
             saved = saved_now
         if saved >= 55: # nearly through: once more from the beginning
-            finish(torchrun('--out_dir=broken', '--init_from=resume'))
-            assert same(weights('broken'), weights(unbroken)) and losses('broken') == losses(unbroken)
+            finish(start('--out_dir=broken', '--init_from=resume'))
+            assert same(weights('broken'), weights('unbroken')) and losses('broken') == losses('unbroken')
             shutil.rmtree('broken')
             saved = 0
-    finish(torchrun('--out_dir=broken', *['--init_from=resume'] * (saved > 0)))
-    assert same(weights('broken'), weights(unbroken)) and losses('broken') == losses(unbroken)
+    finish(start('--out_dir=broken', *['--init_from=resume'] * (saved > 0)))
+    assert same(weights('broken'), weights('unbroken')) and losses('broken') == losses('unbroken')
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one_does(unbroken, pytestconfig):
+    kill_at_random_moments(torchrun, pytestconfig.getoption('--kills'))
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_killed_at_random_moments_ends_as_the_unbroken_one_does(tiny, pytestconfig):
+    deterministic = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True); del sys.argv[0]; "
+                     "sys.path.insert(0, sys.argv[0][:-8]); runpy.run_path(sys.argv[0], run_name='__main__')")
+
+    def start(*flags):
+        return subprocess.Popen(
+            [PYTHON, '-c', deterministic, str(ROOT / 'train.py'), *LONG, '--device=cuda', *flags],
+            start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8'})
+    finish(start('--out_dir=unbroken'))
+    kill_at_random_moments(start, pytestconfig.getoption('--kills'))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('room', [True, False])
+def test_a_checkpoint_on_a_gpu_holds_what_there_was_when_it_was_saved(room, tmp_path, monkeypatch):
+    torch.cuda.init()
+    said = []
+    if not room:
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *_: (0, 0))
+    checkpoints = Checkpoints(tmp_path, 2, said.append, anew=True)
+    w = torch.randn(3000, 5001, device='cuda') # more than one piece of pinned memory, and no multiple of it
+    mixed = {'w': w, 'tied': w, 'turned': w[:99, :99].t(), 'half': torch.randn(7, device='cuda').bfloat16(),
+             'step': torch.tensor(3.0, device='cuda'), 'empty': torch.empty(0, 2, device='cuda'),
+             'on the host': torch.randn(5)}
+    want = {name: t.cpu().clone() for name, t in mixed.items()}
+    for step in (1, 2): # the second finds memory and buffers used
+        checkpoints.save({'model': dict(mixed), 'iter_num': step}, ['ckpt.pt'])
+        for t in mixed.values():
+            t.zero_() # training goes on at once
+        checkpoints.wait()
+        found = read_checkpoint(tmp_path / 'ckpt.pt')['model']
+        assert found.keys() == want.keys()
+        for name, t in want.items():
+            assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
+            mixed[name].copy_(t)
+        assert found['w'].data_ptr() == found['tied'].data_ptr()
+    assert len(said) == (0 if room else 1) and all('no room' in line for line in said)
+
+
+def test_a_picture_that_was_left_out_to_save_time_is_drawn_at_the_end(tmp_path):
+    run_log, picture = RunLog(tmp_path, 0, "a title", print), tmp_path / 'loss.png'
+    run_log.add({'step': 0, 'val_loss': 2.0})
+    run_log.draw()
+    first = picture.read_bytes()
+    run_log.add({'step': 10, 'val_loss': 1.0})
+    run_log.draw() # less than 19 times the first drawing's time later
+    assert picture.read_bytes() == first
+    run_log.finish()
+    assert picture.read_bytes() != first
+
+
+def test_the_documented_run_of_eight_processes_trains_as_one_does(tiny, run_here):
+    flags = ['config/train_gpt2.py', *LONG, '--wandb_log=False', '--gradient_accumulation_steps=40', '--max_iters=3',
+             '--dropout=0', '--out_dir=eight', '--full_val=True']
+    shutil.copytree(ROOT / 'config', 'config')
+    run = torchrun(*flags, processes=8)
+    said = finish(run)
+    assert f'tokens per step: {40 * 4 * 16:,}' in said and said.count('iter 2:') == 1
+    one = run_here('train.py', *flags, '--out_dir=one')
+    full_val = [float(out.split('val loss over all of val.bin: ')[1].split()[0]) for out in (said, one.out)]
+    assert abs(full_val[0] - full_val[1]) < 1e-3, full_val
+    for (name, a), b in zip(weights('eight').items(), weights('one').values()):
+        assert (a - b).norm() <= 1e-4 * b.norm(), name
 
 
 def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on_by_itself(unbroken):
@@ -129,6 +204,34 @@ def test_an_old_run_in_the_same_folder_is_not_taken_for_the_restarted_one(tiny):
     os.kill(children(run.pid)[0], signal.SIGKILL)
     out = finish(run)
     assert 'resuming' not in out and out.count('iter 0:') == 1 # the first one was read above
+
+
+def test_a_new_run_in_an_old_ones_folder_goes_on_from_its_own_checkpoints(tiny, run_here):
+    run_here('train.py', *LONG, '--out_dir=folder', '--seed=5')
+    run_here('train.py', *LONG, '--out_dir=folder', '--max_iters=25')
+    ran = run_here('train.py', *LONG, '--out_dir=folder', '--init_from=resume', '--max_iters=30')
+    assert 'resuming from step 25' in ran.out
+
+
+@pytest.mark.parametrize('left', [[], ['ckpt.pt', 'best.pt']])
+def test_the_first_checkpoint_of_a_new_run_takes_the_place_of_an_old_runs(left, tmp_path):
+    old = Checkpoints(tmp_path, 2, print, anew=True)
+    for step in (90, 100):
+        old.save({'iter_num': step}, left)
+    old.wait()
+    new = Checkpoints(tmp_path, 2, print, anew=True)
+    assert newest_checkpoint(tmp_path, print)['iter_num'] == 100 # until then nothing is lost
+    new.save({'iter_num': 5}, [])
+    new.wait()
+    assert newest_checkpoint(tmp_path, print)['iter_num'] == 5
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_costs_no_later_one(tmp_path):
+    (tmp_path / 'last-00000100.pt').write_bytes(b'no checkpoint')
+    again = Checkpoints(tmp_path, 1, print, anew=False) # it went on from an earlier one
+    again.save({'iter_num': 50}, [])
+    again.wait()
+    assert newest_checkpoint(tmp_path, pytest.fail)['iter_num'] == 50
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -296,6 +399,30 @@ def test_a_run_on_two_hosts_outlives_a_cut_link_and_a_killed_node(unbroken, two_
                 kill(n)
 
 
+def test_a_node_that_joins_makes_all_go_on_where_they_are(tiny):
+    """torchrun counts no restart then, so nothing in the environment says that the run is not a new one."""
+    options = ['--nnodes=1:2', '--max-restarts=5', '--rdzv_backend=c10d', '--rdzv_id=grows',
+               f'--rdzv_endpoint=localhost:{random.randrange(20_000, 30_000)}']
+    flags = ['--out_dir=shared', '--dropout=0', '--max_iters=1000000', '--save_interval=100', '--eval_interval=1000000']
+    nodes, machines = [], Path('shared', 'machine.txt') # a line for every start of a run, in a new one the first
+    try:
+        for _ in range(2):
+            nodes.append(torchrun(*flags, processes=1, options=options, quiet=True,
+                                  prefix=['env', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1']))
+            wait_for_step(100)
+        alone, end = machines.read_text(), time.monotonic() + 90
+        while machines.read_text() == alone and time.monotonic() < end:
+            time.sleep(0.05)
+        first, second = machines.read_text().splitlines()
+        went_on_from = int(second.removeprefix('step ').partition(':')[0])
+        assert first.startswith('step 0: ') and went_on_from >= 100
+        wait_for_step(went_on_from + 100)
+        assert [n.poll() for n in nodes] == [None, None]
+    finally:
+        for n in nodes:
+            kill(n)
+
+
 def wait_for_step(step, timeout=90):
     """Until a checkpoint of this step or a later one is there."""
     end = time.monotonic() + timeout
@@ -305,3 +432,33 @@ def wait_for_step(step, timeout=90):
             return
         time.sleep(0.05)
     raise AssertionError(f"no checkpoint of step {step} after {timeout} s")
+
+
+def test_the_heads_of_a_model_are_known_before_it_is_loaded(tmp_path):
+    args = {'n_head': 3, 'n_embd': 36, 'n_layer': 2}
+    assert known_heads('resume', {'model_args': args}) == {'n_head': 3, 'n_embd': 36}
+    assert known_heads('scratch', {}) == known_heads('resume', {'model_args': 7}) == known_heads('gpt2', {}) == {}
+    assert known_heads(str(tmp_path), {}) == {}
+    for text, heads in (('{"n_head": 25, "n_embd": 1600}', {'n_head': 25, 'n_embd': 1600}), ('{"n_head": 0}', {}),
+                        ('{"n_head": "2"}', {}), ('[1]', {}), ('{', {}), ('\xff', {})):
+        (tmp_path / 'config.json').write_text(text, encoding='latin-1')
+        assert known_heads(str(tmp_path), {}) == heads
+
+
+def test_a_launch_knows_its_own_checkpoints_and_all_processes_heed_the_one_that_does(tmp_path):
+    def begun(*asked):
+        store = torch.distributed.HashStore()
+        for rank in range(1, len(asked)):
+            store.set(f'begun/{rank}', str(asked[rank]))
+        return begun_before(tmp_path, asked[0], store, 0, len(asked))
+    assert not begun('run')
+    ours = {'launcher': launcher()}
+    for run_id, ranks, goes_on in (('run', [ours], True), ('run', [{}, ours], True), ('other', [ours], False),
+                                   ('run', [{'launcher': 'another'}], False), ('run', [], False), ('run', 3, False),
+                                   ('run', [4], False), ('', [ours], False)):
+        torch.save({'run_id': run_id, 'ranks': ranks}, tmp_path / 'last-00000005.pt')
+        assert begun('run') == goes_on, (run_id, ranks)
+    assert begun('run', True), "another process knows it"
+    assert not begun('', False), "not under torchrun"
+    (tmp_path / 'last-00000009.pt').write_bytes(b'damaged')
+    assert not begun('run')

@@ -1,4 +1,5 @@
 """A checkpoint speaks: what it continues, what it never says, and what it needs for that."""
+import copy
 import pickle
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import torch
 
 from conftest import CHARS, assert_refused, run_script
 from data.tokens import tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LayerCache, pick, row_seeds
 from plain_gpt import PlainGPT
+from ThunderKittens.examples import decode
 
 SHAPE = dict(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32, bias=False)
 META = {'vocab_size': 20, 'itos': dict(enumerate(CHARS)), 'stoi': {c: i for i, c in enumerate(CHARS)}}
@@ -138,6 +140,7 @@ def test_a_trained_model_speaks_in_a_process_of_its_own_without_a_warning(speake
     ('--num_samples=0', '--num_samples must be at least 1, not 0'),
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'),
     ('--top_k=-1', '--top_k must be at least 0, not -1'),
+    ('--seed=9223372036854775808', '--seed must be below 9223372036854775808, not 9223372036854775808'),
     ('--device=cuda:99', '--device=cuda:99: this machine has '),
     ('--TK_kernel=True', '--TK_kernel=True cannot run here: '),
 ])
@@ -192,3 +195,176 @@ def test_the_speed_is_said(speaker, run_here):
 
 def test_a_top_p_beyond_one_is_refused(speaker, run_here):
     assert_refused(run_here('sample.py', *CPU, '--top_p=1.5'), '--top_p must be at least 0 and at most 1, not 1.5')
+
+
+# -----------------------------------------------------------------------------
+# what a GPU replays, called as it is
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """A CPU does what a GPU does, but for the graphs: tensors stay and serve the next call."""
+    monkeypatch.setattr(decode, 'can_replay', lambda device: True)
+    monkeypatch.setattr(decode, 'replayed', lambda step: step)
+
+
+def random_gpt(block_size=40, vocab_size=301, n_layer=2, n_head=3, n_embd=96, device='cuda', **other):
+    """A model whose every tensor matters, and whose texts are not all alike."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                          **other)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.to(device)
+
+
+def some_ids(B, T, below=301, device='cuda'):
+    return torch.randint(below, (B, T), generator=torch.Generator().manual_seed(B + T)).to(device)
+
+
+def calls_of_like_shape_share_their_tensors_and_nothing_else(device):
+    model, choice = random_gpt(device=device), dict(temperature=0.8, top_k=20)
+    ids = lambda T: some_ids(2, T, device=device) # noqa: E731
+    for T in (3, 7, 20, 3, 9, 50): # on a GPU the first runs as it is, the second captures the prompt, others replay it
+        assert torch.equal(model.generate(ids(T), 20, seed=T, **choice),
+                           model.generate_plain(ids(T), 20, seed=T, **choice)), T
+    prompts = [list(ids(T)) for T in (5, 11)]
+    alone = [list(model.stream(prompt, 30, seed=1, **choice)) for prompt in prompts] # the second leaves the first's be
+    alone = [torch.stack(ids) for ids in alone]
+    both = zip(*(model.stream(prompt, 30, seed=1, **choice) for prompt in prompts))
+    assert all(torch.equal(torch.stack(ids), want) for ids, want in zip(zip(*both), alone))
+    writer, = model.writers.values()
+    next(model.stream(prompts[0], 30, seed=1, **choice)) # stopped after a token
+    assert list(model.writers.values()) == [writer]
+    assert torch.equal(torch.stack(list(model.stream(prompts[0], 30, seed=1, **choice))), alone[0])
+    for p in model.parameters():
+        p.data.mul_(1.1) # other weights in the same places
+    assert torch.equal(model.generate(ids(9), 30, seed=1, **choice), model.generate_plain(ids(9), 30, seed=1, **choice))
+
+
+def test_calls_of_like_shape_share_their_tensors_and_nothing_else(uncaptured):
+    calls_of_like_shape_share_their_tensors_and_nothing_else('cpu')
+
+
+def test_rows_of_any_lengths_grow_in_tensors_that_stay(uncaptured):
+    model = random_gpt(device='cpu')
+    for lengths in ((3, 39, 1), (64, 2), (40, 41), (63,), (1,), (100, 7)):
+        prompts = [some_ids(1, T, device='cpu')[0] for T in lengths]
+        rows = torch.stack(list(model.stream(prompts, 12, seed=4)), dim=1)
+        for prompt, seed, row in zip(prompts, row_seeds(4, len(prompts), 'cpu'), rows):
+            text = prompt[None]
+            for _ in range(12):
+                token = pick(model(text[:, -40:])[0][:, -1], seed[None], text.size(1))
+                text = torch.cat((text, token[:, None]), dim=1)
+            assert torch.equal(text[0, len(prompt):], row), lengths
+
+
+def test_a_copy_of_a_model_that_has_spoken_leaves_what_is_kept_for_the_next_call(uncaptured):
+    model, ids = random_gpt(device='cpu'), some_ids(2, 5, device='cpu')
+    text = model.generate(ids, 9, seed=1)
+    assert model.writers and not copy.deepcopy(model).writers # CUDA graphs could not be copied at all
+    assert torch.equal(copy.deepcopy(model).generate(ids, 9, seed=1), text)
+
+
+def test_a_model_in_training_speaks_through_its_layers_which_drop_and_not_through_the_kernels(uncaptured, monkeypatch):
+    monkeypatch.setattr(decode, 'why_unavailable', lambda *_: '')
+    monkeypatch.setattr(decode, 'Step', lambda *_: pytest.fail("the kernels know no dropout"))
+    model = random_gpt(device='cpu', dropout=0.5).train()
+    text = model.generate(some_ids(2, 5, device='cpu'), 9, temperature=0)
+    assert text.shape == (2, 14)
+    with pytest.raises(pytest.fail.Exception): # without dropout they are taken
+        model.eval().generate(some_ids(2, 5, device='cpu'), 9, temperature=0)
+
+
+# -----------------------------------------------------------------------------
+# on an H100: the step in a few kernels, replayed from a CUDA graph
+
+@pytest.fixture
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+CHOICES = [dict(temperature=0), dict(), dict(temperature=0.8, top_k=20), dict(top_p=0.8, n_tokens=290)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('B', [1, 2, 3, 9])
+@pytest.mark.parametrize('choice', CHOICES, ids=str)
+def test_a_replayed_step_gives_the_text_of_the_plain_loop_across_the_block_boundary(choice, B, exact_float32):
+    model = random_gpt(bias=B != 2, gelu='tanh' if B == 3 else 'none')
+    for T in (1, 2, 17, 38, 39, 40, 41, 60):
+        x = some_ids(B, T)
+        assert torch.equal(model.generate(x, 45, seed=3, **choice), model.generate_plain(x, 45, seed=3, **choice)), T
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('n_head, n_embd', [(12, 768), (25, 1600), (6, 384), (5, 120), (2, 256)])
+def test_every_width_and_every_length_gives_the_text_of_the_plain_loop(n_head, n_embd, exact_float32):
+    model = random_gpt(block_size=300, n_head=n_head, n_embd=n_embd)
+    for B in (1, 7):
+        x = some_ids(B, 1)
+        assert torch.equal(model.generate(x, 310, temperature=0), model.generate_plain(x, 310, temperature=0))
+
+
+@pytest.mark.gpu
+def test_a_sample_is_the_same_at_any_batch_size(exact_float32):
+    model = random_gpt()
+    prompts = [some_ids(1, T)[0] for T in (3, 9, 1, 16, 30, 2, 7, 39)]
+    together = torch.stack(list(model.stream(prompts, 50, seed=4)), dim=1)
+    for n in (1, 3, 5):
+        assert torch.equal(torch.stack(list(model.stream(prompts[:n], 50, seed=4)), dim=1), together[:n])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('B', [1, 3, 16])
+def test_in_bfloat16_the_step_is_as_near_to_float32_as_the_whole_forward_is(B, exact_float32):
+    model = random_gpt(block_size=512, n_layer=12, n_head=12, n_embd=768, vocab_size=5000)
+    x, T = some_ids(B, 500, 5000), 480
+    step_off = plain_off = 0.0
+    with torch.no_grad():
+        exact = model.lm_head(model.features(x, torch.arange(500, device='cuda')))
+        with torch.autocast('cuda', dtype=torch.bfloat16):
+            plain = model.lm_head(model.features(x, torch.arange(500, device='cuda')))
+            model.cast_linears(torch.bfloat16)
+            place = torch.full((B,), T, device='cuda')
+            caches = [LayerCache(512, place) for _ in range(12)]
+            model.features(x[:, :T], torch.arange(T, device='cuda'), caches)
+            for cache in caches:
+                cache.kv[..., T:, :] = float('nan') # what has not been written is never read
+            step = decode.Step(model, [cache.kv for cache in caches])
+            for t in range(T, 500):
+                step_off += (step(x, torch.tensor([t], device='cuda'), place) - exact[:, t]).square().sum()
+                plain_off += (plain[:, t] - exact[:, t]).square().sum()
+                place += 1
+    assert step_off <= 1.5 ** 2 * plain_off
+
+
+@pytest.mark.gpu
+def test_calls_of_like_shape_share_their_graphs_and_nothing_else(exact_float32):
+    calls_of_like_shape_share_their_tensors_and_nothing_else('cuda')
+
+
+@pytest.mark.gpu
+def test_noise_is_the_same_in_one_kernel_as_in_torch(monkeypatch):
+    logits, seeds = torch.randn(37, 5003, device='cuda'), row_seeds(5, 37, 'cuda')
+    with_kernel = [pick(logits, seeds, place, top_k=100) for place in range(20)]
+    monkeypatch.setattr(decode, 'why_unavailable', lambda device_type='cuda': 'not now')
+    for place, tokens in enumerate(with_kernel):
+        assert torch.equal(tokens, pick(logits, seeds, place, top_k=100))
+
+
+@pytest.mark.gpu
+def test_tokens_come_without_waiting_for_the_device():
+    model = random_gpt(block_size=64)
+    stream = model.stream([some_ids(1, 5)[0]], 100, temperature=0.8, top_k=20, seed=1)
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        for _ in range(70): # both graphs have been captured
+            next(stream)
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            rest = list(stream)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    assert len(rest) == 30

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import choose
+from configurator import _why_no_kernel, choose
 from conftest import PYTHON, ROOT, TINY, assert_refused, run_script, write_ids
 from plain_gpt import PlainGPT, nanogpt_losses, nanogpt_optimizer
 
@@ -112,6 +112,15 @@ def test_eval_only_evaluates_once_and_writes_no_checkpoint(tiny, run_here):
     ran = run_here('train.py', *TINY, '--eval_only=True')
     assert len(lines(ran, 'step 0: ')) == 1 and not lines(ran, 'iter ')
     assert not Path('out/ckpt.pt').exists()
+
+
+def test_eval_only_leaves_the_log_of_the_run_that_is_there_as_it_is(tiny, run_here):
+    run_here('train.py', *TINY)
+    before = [Path('out', name).read_bytes() for name in ('log.csv', 'machine.txt', 'ckpt.pt')]
+    for init_from in ('scratch', 'resume'):
+        ran = run_here('train.py', *TINY, '--eval_only=True', f'--init_from={init_from}')
+        assert ran.status == 0 and len(lines(ran, 'step ')) == 1
+        assert before == [Path('out', name).read_bytes() for name in ('log.csv', 'machine.txt', 'ckpt.pt')]
 
 
 def test_full_val_is_the_loss_of_every_token_of_val_bin(tiny, run_here):
@@ -250,14 +259,14 @@ def test_whenever_a_run_is_killed_its_folder_holds_a_whole_checkpoint(tiny):
     command = [PYTHON, ROOT / 'train.py', *TINY, '--eval_interval=1', '--eval_iters=1', '--max_iters=100000',
                '--gradient_accumulation_steps=1']
     reached = 0
-    for kill_at, init_from in zip(('saving checkpoint', 'iter 25', 'step 50', 'iter 71'), ['scratch'] + ['resume'] * 3):
+    for kill_at, init_from in zip(('saving', 'iter', 'step', 'iter'), ['scratch'] + ['resume'] * 3):
         with subprocess.Popen([*command, f'--init_from={init_from}'], cwd=tiny.parents[1], text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               env={**os.environ, 'OMP_NUM_THREADS': '1'}) as run:
-            seen = 0
+            saves = 0
             for line in run.stdout:
-                seen += line.startswith('saving checkpoint')
-                if seen > 1 and line.startswith(kill_at.split()[0]):
+                saves += line.startswith('saving checkpoint')
+                if saves > 2 and line.startswith(kill_at): # the second waited for the first: that one is written
                     break
             os.kill(run.pid, signal.SIGKILL)
         assert run.returncode == -signal.SIGKILL
@@ -360,6 +369,7 @@ def test_wandb_without_a_network_is_a_warning_and_the_run_goes_on(no_wandb_accou
     ('--gradient_accumulation_steps=0', '--gradient_accumulation_steps must be at least 1, not 0'),
     ('--log_interval=0', '--log_interval must be at least 1, not 0'),
     ('--max_iters=-1', '--max_iters must be at least 0'),
+    ('--seed=99999999999999', '--seed must be below 4294967296, not 99999999999999'), # a permutation's seed is larger
     ('--learning_rate=1e999', '--learning_rate must be at least 0 and finite, not inf'),
     ('--beta2=1.0', '--beta2 must be at least 0 and below 1, not 1.0'),
     ('--dropout=1.0', 'dropout must be at least 0 and below 1, got 1.0'),
@@ -464,7 +474,14 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_command_that_builds_it(rea
     assert refused.value.code.count('h100_fwd_setup.py build') == 1
 
 
-@pytest.mark.parametrize('flags', [[], ['--gradient_accumulation_steps=3', '--bias=True', '--grad_clip=0.1']])
+def test_a_count_of_heads_that_cannot_be_is_left_to_the_model_to_refuse(monkeypatch):
+    monkeypatch.setattr('ThunderKittens.examples.attn_causal.why_unavailable', lambda: '')
+    settings = {'device': 'cpu', 'dtype': 'bfloat16', 'n_embd': 32, 'n_head': 0, 'TK_kernel': 'auto'}
+    assert _why_no_kernel(settings, 'cuda', True) == ''
+
+
+@pytest.mark.parametrize('flags', [[], ['--gradient_accumulation_steps=3', '--bias=True', '--grad_clip=0.1'],
+                                   ['--grad_clip=0', '--decay_lr=False', '--full_val=True']])
 def test_the_fast_step_trains_as_model_py_does(flags, tiny, run_here, monkeypatch):
     monkeypatch.setattr('configurator._why_not_fast', lambda *_: '') # it runs on a CPU too, slowly
     found = []
@@ -477,6 +494,19 @@ def test_the_fast_step_trains_as_model_py_does(flags, tiny, run_here, monkeypatc
     assert load('out-True').keys() == load('out-False').keys()
     one, other = (load(f'out-{fast}')['optimizer'] for fast in ('True', 'False'))
     assert one['param_groups'] == other['param_groups'] and one['state'].keys() == other['state'].keys()
+
+
+@pytest.mark.parametrize('accumulation', [1, 3]) # a process without a share; two with unequal ones
+def test_two_processes_train_fast_as_one_does_plainly(accumulation, tiny, run_here):
+    Path('fast.py').write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport configurator\n"
+                               "configurator._why_not_fast = lambda *_: ''\n"
+                               f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    flags = [*TINY, '--data_order=permutation', f'--gradient_accumulation_steps={accumulation}', '--bias=True']
+    two = run_script(Path('fast.py').resolve(), *flags, '--fast=True', '--out_dir=two', cwd='.', python=TORCHRUN)
+    assert two.status == 0, two.err
+    run_here('train.py', *flags, '--out_dir=one')
+    for name, t in load('one')['model'].items():
+        assert (t - load('two')['model'][name]).abs().max() <= 1e-4, name
 
 
 def test_a_fast_run_goes_on_plainly_and_a_plain_one_fast(tiny, run_here, monkeypatch):

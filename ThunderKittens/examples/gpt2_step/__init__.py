@@ -12,12 +12,12 @@ in memory, weights are kept in bfloat16 beside the float32 ones, gradients leave
 summed, and the passes between the matmuls are one kernel each (kernels.py).
 """
 import functools
-import importlib.util
 
 import torch
 import torch.distributed as dist
 
 from model import sdpa_attention_qkv
+from ThunderKittens.examples import decode
 from ThunderKittens.examples.attn_causal import causal_attention_qkv
 
 from . import kernels
@@ -32,7 +32,7 @@ def why_not(device_type, dtype):
         return f"it runs on a CUDA device, not on {device_type}"
     if dtype != 'bfloat16':
         return f"it computes in bfloat16, not in {dtype}"
-    return '' if importlib.util.find_spec('triton') else "it needs Triton, which comes with torch for CUDA"
+    return decode.why_unavailable() # Triton's kernels both, with the same needs
 
 
 class TrainStep:
@@ -46,67 +46,75 @@ class TrainStep:
     graphs     whether work is captured the second time that a shape comes
     """
 
-    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16,
-                 graphs=True):
+    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16, graphs=True):
         self.config, self.optimizer, self.grad_clip = model.config, optimizer, grad_clip
         self.residual, self.half = residual, half
         self.attention = causal_attention_qkv if model.config.TK_kernel else sdpa_attention_qkv
         self.device = model.lm_head.weight.device
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if graphs and self.device.type == 'cuda' else None
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._lay_out(model)
+        self.head_rows = -(-model.config.vocab_size // 64) * 64 # matmuls like whole tiles of vocabulary
+        self._take_over(model)
+        self._place_sums()
 
-    def _lay_out(self, model):
-        """Parameters, gradients, averages and bfloat16 copies, each flat; gradients are finished from the end on."""
-        L, V = self.config.n_layer, self.config.vocab_size
-        params = dict(model.named_parameters())
+    def _lay_out(self, params):
+        """Set where each parameter begins in the flat tensors, (n), and where the undecayed ones end; returns n."""
+        L = self.config.n_layer
         norms = [f'transformer.h.{i}.ln_{j}' for i in range(L) for j in (1, 2)] + ['transformer.ln_f']
-        names = [f'{norm}.{kind}' for kind in ('weight', 'bias') for norm in norms if f'{norm}.{kind}' in params]
-        names += [name for name, p in params.items() if p.dim() < 2 and name not in names]
-        undecayed = len(names)
-        names += ['transformer.wpe.weight', 'transformer.wte.weight']
-        names += [f'transformer.h.{i}.{name}.weight' for i in range(L)
-                  for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
-        assert set(names) == set(params)
-        self.first, n = {}, 0
-        for i, name in enumerate(names):
-            if i == undecayed:
-                self.undecayed = n
+        undecayed = [f'{norm}.{kind}' for kind in ('weight', 'bias') for norm in norms if f'{norm}.{kind}' in params]
+        undecayed += [name for name, p in params.items() if p.dim() < 2 and name not in undecayed]
+        decayed = ['transformer.wpe.weight', 'transformer.wte.weight'] # a backward goes from the last layer to them
+        decayed += [f'transformer.h.{i}.{name}.weight' for i in range(L)
+                    for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+        assert {*undecayed, *decayed} == set(params)
+        self.norms, self.first, n = norms, {}, 0
+        for name in undecayed + decayed:
             self.first[name] = n
-            rows = -(-V // 64) * 64 if 'wte' in name else len(params[name]) # matmuls like whole tiles of vocabulary
+            rows = self.head_rows if 'wte' in name else len(params[name])
             n += -(-rows * params[name][0].numel() // 64) * 64
-        dtype = params[names[0]].dtype
+        self.undecayed = self.first[decayed[0]]
+        return n
+
+    def _view(self, flat, name, shape):
+        return flat[self.first[name]:self.first[name] + shape.numel()].view(shape)
+
+    def _take_over(self, model):
+        """Parameters, gradients, averages and bfloat16 copies, each flat, in the place of the model's and AdamW's."""
+        params = dict(model.named_parameters())
+        n, dtype = self._lay_out(params), model.lm_head.weight.dtype
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = \
             (torch.zeros(n, dtype=dtype, device=self.device) for _ in range(4))
         self.copies = torch.zeros(n, dtype=self.half, device=self.device)
-        self.steps = torch.zeros(len(names), dtype=torch.float32, device=self.device) # alike: AdamW has one for each
-
-        def view(flat, name, like):
-            return flat[self.first[name]:self.first[name] + like.numel()].view(like.shape)
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device) # alike: AdamW has one for each
         self.w, self.g, self.half_w = {}, {}, {}
         for i, (name, p) in enumerate(params.items()):
+            w, g, half_w, exp_avg, exp_avg_sq = (self._view(flat, name, p.shape) for flat in (
+                self.params, self.grads, self.copies, self.exp_avg, self.exp_avg_sq))
             old = self.optimizer.state[p]
-            for flat, value in ((self.params, p.data), (self.exp_avg, old.get('exp_avg')),
-                                (self.exp_avg_sq, old.get('exp_avg_sq'))):
-                if value is not None:
-                    view(flat, name, p).copy_(value)
-            self.steps[i] = old.get('step', 0)
-            p.data, p.grad = view(self.params, name, p), view(self.grads, name, p)
-            self.optimizer.state[p] = {'step': self.steps[i], 'exp_avg': view(self.exp_avg, name, p),
-                                       'exp_avg_sq': view(self.exp_avg_sq, name, p)}
-            self.w[name], self.g[name], self.half_w[name] = p.data, p.grad, view(self.copies, name, p)
-        whole = torch.empty(-(-V // 64) * 64, self.config.n_embd) # wte with the rows that fill its last tile
-        self.head, self.dhead = (view(flat, 'transformer.wte.weight', whole) for flat in (self.copies, self.grads))
-        C, each = self.config.n_embd, self.first[norms[-1] + '.weight'] // (len(norms) - 1)
+            w.copy_(p.data)
+            if old:
+                exp_avg.copy_(old['exp_avg'])
+                exp_avg_sq.copy_(old['exp_avg_sq'])
+                self.steps[i] = old['step']
+            self.optimizer.state[p] = {'step': self.steps[i], 'exp_avg': exp_avg, 'exp_avg_sq': exp_avg_sq}
+            p.data, p.grad = w, g
+            self.w[name], self.g[name], self.half_w[name] = w, g, half_w
+        if self.world_size > 1:
+            dist.broadcast(self.params, 0)
+        self.refresh()
+
+    def _place_sums(self):
+        """Where the step writes besides: the head with the rows that fill its last tile, the norms' sums, scalars."""
+        C, dtype, norms = self.config.n_embd, self.params.dtype, self.norms
+        self.head, self.dhead = (self._view(flat, 'transformer.wte.weight', torch.Size((self.head_rows, C)))
+                                 for flat in (self.copies, self.grads))
+        each = self.first[norms[-1] + '.weight'] // (len(norms) - 1) # from one norm's weight to the next one's
         self.norm_grads = [self.grads[self.first[f'{norms[0]}.{kind}']:].as_strided((len(norms), C), (each, 1))
                            for kind in ('weight', 'bias') if f'{norms[0]}.{kind}' in self.w]
         self.norm_parts = [torch.zeros(len(norms), kernels.PROGRAMS, C, dtype=dtype, device=self.device)
                            for _ in self.norm_grads]
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss, self.bad = (torch.zeros((), dtype=dtype, device=self.device) for _ in range(2))
-        if self.world_size > 1:
-            dist.broadcast(self.params, 0)
-        self.refresh()
 
     def refresh(self):
         """Tell the step that parameters were changed by somebody else."""
@@ -163,8 +171,8 @@ class TrainStep:
         if isinstance(self.graphs[key], int):
             mine, running, pieces = [x.clone() for x in inputs], None, []
             for _ in range(self.graphs[key]):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
+                graph = torch.cuda.CUDAGraph() # thread_local: a checkpoint's thread may copy meanwhile, NCCL's may look
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'):
                     running = running or work(*mine)
                     pieces.append((graph, next(running)))
             self.graphs[key] = mine, pieces

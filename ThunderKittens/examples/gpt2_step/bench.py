@@ -13,13 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.curves import write_section
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SIZES = {'124M': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600)}
 SHAPES_124M = [(16, 1024), (12, 1024), (64, 1024), (4, 4096)] # batch, block
 FIRST_TRY = {'medium': (48, 96), 'large': (24, 48), 'xl': (8, 20)} # batches at block 1024: plain's and ours
 WAYS = {'plain': ['--plain=True'], 'fast': [], 'fast, bfloat16 residual': ['--residual=bfloat16']}
-MARKERS = '<!-- step begin -->\n', '<!-- step end -->'
 
 
 def run(size, way, B, T, *more):
@@ -76,9 +77,10 @@ def table(rows):
         if row['way'] == 'plain':
             plain[row['size'], tokens[1]] = row['tokens_per_s']
             plain[row['size'], tokens] = row['tokens_per_s']
+        mfu = f"{row['mfu']:.1%}" if row['mfu'] else '-' # of a card whose peak is not known
         peer = plain.get((row['size'], tokens), plain[row['size'], tokens[1]])
         lines.append(f"| {row['size']} | {tokens[0]} x {tokens[1]} | {row['way']} | {row['ms_median']:.2f} | "
-                     f"{row['tokens_per_s']:,} | {row['mfu']:.1%} | {row['peak_gib']:.1f} | "
+                     f"{row['tokens_per_s']:,} | {mfu} | {row['peak_gib']:.1f} | "
                      f"{row['tokens_per_s'] / peer:.2f} |")
     return '\n'.join(lines)
 
@@ -133,11 +135,7 @@ def main():
     (out / 'gpt2_step.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
     picture(rows, out / 'gpt2_step.png')
     if options.readme:
-        path = ROOT / 'README.md'
-        before, begin, rest = path.read_text(encoding='utf-8').partition(MARKERS[0])
-        _, end, after = rest.partition(MARKERS[1])
-        assert begin and end, f"{path} has no markers"
-        path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding='utf-8')
+        write_section(ROOT / 'README.md', 'step', text)
 
 
 if __name__ == '__main__':

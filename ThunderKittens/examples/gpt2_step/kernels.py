@@ -31,13 +31,23 @@ def _warps(values):
 
 def keep_mask(seed, shape, p):
     """1 / (1 - p) where a value is kept, 0 where it is dropped: what the functions below apply to a (M, C) `shape`."""
-    mask = torch.empty(shape, dtype=torch.float32, device=seed.device)
+    M, C = shape
     if seed.is_cuda:
-        M, C = shape
-        _keep_mask[(M,)](mask, seed, C, p, _block(C))
+        mask = torch.empty(shape, dtype=torch.float32, device=seed.device)
+        _keep_mask[(M,)](mask, seed, C, *_threshold(p), _block(C))
         return mask
-    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(int(seed)))
-    return mask.copy_((drawn >= p) / (1 - p))
+    bits = torch.arange(M * C).view(shape)
+    for half in (int(seed) & 0xFFFFFFFF, int(seed) >> 32):
+        bits = bits + half & 0xFFFFFFFF
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            bits = (bits ^ bits >> shift) * factor & 0xFFFFFFFF
+    threshold, scale = _threshold(p)
+    return (bits >= threshold).to(torch.float32) * scale
+
+
+def _threshold(p):
+    """What 32 random bits must reach to keep a value, and the factor of what is kept."""
+    return min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
 
 
 # ---- embeddings --------------------------------------------------------------------------------------------------
@@ -50,7 +60,7 @@ def embed(ids, wte, wpe, seed, p, dtype):
         x = (wte[ids] + wpe[:T]).view(B * T, C).to(dtype)
         return x * keep_mask(seed, x.shape, p).to(dtype) if p else x
     x = torch.empty(B * T, C, dtype=dtype, device=ids.device)
-    _embed[(B * T,)](ids, wte, wpe, x, seed, T, C, p, _block(C), p > 0)
+    _embed[(B * T,)](ids, wte, wpe, x, seed, T, C, *_threshold(p), _block(C), p > 0)
     return x
 
 
@@ -88,8 +98,9 @@ def add_norm(x, branch, weight, bias, seed, p, half):
         h = torch.empty(M, C, dtype=half, device=x.device)
         stats = torch.empty(M, 2, dtype=torch.float32, device=x.device)
         rows = 4 if C <= 1024 else 2
-        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, p, EPS, rows, _block(C),
-                                    branch is not None, bias is not None, p > 0, num_warps=_warps(rows * _block(C)))
+        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS, rows,
+                                    _block(C), branch is not None, bias is not None, p > 0,
+                                    num_warps=_warps(rows * _block(C)))
         return after, h, stats
     if branch is not None:
         x = x + (branch * keep_mask(seed, x.shape, p) if p else branch).to(x.dtype)
@@ -112,8 +123,8 @@ def norm_backward(dh, x, stats, weight, dx, seed, p, dweight, dbias):
     if x.is_cuda:
         out, dbranch = torch.empty_like(x) if dx is None else dx, torch.empty_like(dh)
         rows = 4 if C <= 1024 else 2
-        _norm_backward[(PROGRAMS,)](dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, p, rows,
-                                    _block(C), dx is not None, dbias is not None, p > 0,
+        _norm_backward[(PROGRAMS,)](dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, *_threshold(p),
+                                    rows, _block(C), dx is not None, dbias is not None, p > 0,
                                     num_warps=_warps(rows * _block(C)))
         return out, dbranch
     mean, rstd = stats[:, :1], stats[:, 1:]
@@ -210,24 +221,34 @@ def adamw_(p, half, grad, exp_avg, exp_avg_sq, hyper, beta1, beta2, eps, undecay
 
 if triton:
     @triton.jit
-    def _kept(seed, offsets, p):
-        """1 / (1 - p) or 0 at each offset."""
-        return tl.where(tl.rand(tl.load(seed), offsets) >= p, 1 / (1 - p), 0.0)
+    def _mixed(bits):
+        """32 bits that each depend on all 32: Chris Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31"""
+        bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+        bits = (bits ^ (bits >> 15)) * 0x846CA68B
+        return bits ^ (bits >> 16)
 
     @triton.jit
-    def _keep_mask(mask, seed, C, p, BLOCK: tl.constexpr):
+    def _kept(seed, offsets, threshold, scale):
+        """`scale` or 0 at each offset."""
+        seed = tl.load(seed)
+        bits = _mixed(offsets.to(tl.uint32) + (seed & 0xFFFFFFFF).to(tl.uint32))
+        bits = _mixed(bits + (seed >> 32).to(tl.uint32))
+        return tl.where(bits >= threshold.to(tl.uint32), scale, 0.0)
+
+    @triton.jit(do_not_specialize=['threshold'])
+    def _keep_mask(mask, seed, C, threshold, scale, BLOCK: tl.constexpr):
         c = tl.arange(0, BLOCK)
         at = tl.program_id(0) * C + c
-        tl.store(mask + at, _kept(seed, at, p), mask=c < C)
+        tl.store(mask + at, _kept(seed, at, threshold, scale), mask=c < C)
 
-    @triton.jit
-    def _embed(ids, wte, wpe, x, seed, T, C, p, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
+    @triton.jit(do_not_specialize=['threshold'])
+    def _embed(ids, wte, wpe, x, seed, T, C, threshold, scale, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
         row, c = tl.program_id(0), tl.arange(0, BLOCK)
         token = tl.load(ids + row)
         value = tl.load(wte + token * C + c, mask=c < C) + tl.load(wpe + (row % T) * C + c, mask=c < C)
         at = row * C + c
         if DROPOUT:
-            value *= _kept(seed, at, p)
+            value *= _kept(seed, at, threshold, scale)
         tl.store(x + at, value, mask=c < C)
 
     @triton.jit
@@ -237,9 +258,9 @@ if triton:
         tl.atomic_add(dwte + token * C + c, tl.load(dx + row * C + c, mask=c < C).to(tl.float32), mask=c < C,
                       sem='relaxed')
 
-    @triton.jit
-    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, p, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                  BRANCH: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+    @triton.jit(do_not_specialize=['threshold'])
+    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, ROWS: tl.constexpr,
+                  BLOCK: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         at, inside = row * C + c, (row < M) & (c < C)
@@ -247,7 +268,7 @@ if triton:
         if BRANCH:
             more = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
             if DROPOUT:
-                more *= _kept(seed, at, p)
+                more *= _kept(seed, at, threshold, scale)
             value += more
             tl.store(after + at, value, mask=inside)
         mean = tl.sum(value, 1, keep_dims=True) / C
@@ -260,9 +281,10 @@ if triton:
         tl.store(stats + row * 2, mean, mask=row < M)
         tl.store(stats + row * 2 + 1, rstd, mask=row < M)
 
-    @triton.jit
-    def _norm_backward(dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, p, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr, DX: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+    @triton.jit(do_not_specialize=['threshold'])
+    def _norm_backward(dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, threshold, scale,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, BIAS: tl.constexpr,
+                       DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
         w = tl.load(weight + c, mask=c < C, other=0.0)
         sum_w = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -287,7 +309,7 @@ if triton:
                 through += stream
             tl.store(out + at, through, mask=inside)
             if DROPOUT:
-                through *= _kept(seed, at, p)
+                through *= _kept(seed, at, threshold, scale)
             tl.store(dbranch + at, through, mask=inside)
         columns = tl.arange(0, BLOCK)
         part = tl.program_id(0) * C + columns

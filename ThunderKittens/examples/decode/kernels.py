@@ -1,0 +1,243 @@
+"""
+The decoding step's kernels, in Triton.       letters: B rows, C channels, hs head size, V vocabulary
+
+A step is a chain of some hundred short kernels, so what counts is how soon the next one is at work. Each is launched
+while the one before it still runs (programmatic dependent launch, PDL): it loads what no kernel of the step writes, its
+weights and the kept keys and values, and only then waits for what the one before it leaves.
+"""
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Let the next kernel begin; go on when the one before has written everything."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def load(x, at, real):
+    """float32, zeros where not `real` and where there is no x."""
+    return tl.zeros(at.shape, tl.float32) if x is None else tl.load(x + at, mask=real, other=0.).to(tl.float32)
+
+
+@triton.jit
+def layer_norm(x, gain, bias, real, SIZE: tl.constexpr):
+    """The LayerNorm of one row, x zero beyond SIZE."""
+    off = tl.where(real, x - tl.sum(x, 0) / SIZE, 0.)
+    return off * tl.rsqrt(tl.sum(off * off, 0) / SIZE + 1e-5) * gain + bias
+
+
+@triton.jit
+def gelu(x, KIND: tl.constexpr):
+    """nn.GELU(approximate=KIND); KIND None is no GELU at all."""
+    if KIND == 'tanh':
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) # 2 sqrt(2 / pi)
+    elif KIND == 'none':
+        x *= 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    return x
+
+
+@triton.jit
+def embed(text, width, newest, places, wte, wpe, x, C: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    """x = wte[the newest token] + wpe[its place]        a program: one row"""
+    row, c = tl.program_id(0), tl.arange(0, COLS)
+    real = c < C
+    wait(PDL)
+    token, place = tl.load(text + row * width + tl.load(newest)), tl.load(places + row)
+    tl.store(x + row * C + c, load(wte, token * C + c, real) + load(wpe, place * C + c, real), mask=real)
+
+
+@triton.jit
+def matvec(x, lse, gain, shift, weight, bias, out, N, K: tl.constexpr, HS: tl.constexpr, SPLITS: tl.constexpr,
+           GELU: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    """
+    out[n] (+)= gelu(sum_k weight[n][k] f(x)[k] + bias[n])        a program: ROWS of N, one row of x
+
+    f     LayerNorm where there is a gain; where there is an lse, the SPLITS parts of an attention become one
+    COLS  a power of two that holds all K: a program's whole share of the weights is loaded before it waits
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLS)
+    row, real = tl.program_id(1), k < K
+    w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & real[None, :], other=0.)
+    b = load(bias, n, n < N)
+    if gain is not None:
+        gains, shifts = load(gain, k, real), load(shift, k, real)
+    wait(PDL)
+    if lse is not None:
+        lse += (row * (K // HS) + k // HS) * SPLITS
+        top = tl.load(lse, mask=real, other=0.)
+        for s in tl.static_range(1, SPLITS):
+            top = tl.maximum(top, tl.load(lse + s, mask=real, other=0.))
+        total = tl.zeros_like(top)
+        a = tl.zeros_like(top)
+        for s in tl.static_range(SPLITS):
+            share = tl.exp2(tl.load(lse + s, mask=real, other=0.) - top)
+            total += share
+            a += share * tl.load(x + (row * SPLITS + s) * K + k, mask=real, other=0.)
+        a /= total
+    else:
+        a = load(x, row * K + k, real)
+    if gain is not None:
+        a = layer_norm(a, gains, shifts, real, K)
+    y = tl.sum(w.to(tl.float32) * a[None, :], 1) + b
+    y = gelu(y, GELU)
+    out += row * N + n
+    if ADD:
+        y += tl.load(out, mask=n < N, other=0.)
+    tl.store(out, y, mask=n < N)
+
+
+@triton.jit
+def matmul(x, weight, bias, out, B, N, K: tl.constexpr, SPLITS: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
+           COLS: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):
+    """
+    out[b][n] = gelu(sum_k x[b][k] weight[n][k] + bias[n])     a program: ROWS of B, COLS of N, one of SPLITS parts of K
+
+    Each part is a matrix of its own in out, (SPLITS, B, N); the first has the bias.
+    """
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    split, here = tl.program_id(2), n < N
+    part: tl.constexpr = (K + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK # of K
+    first, end = split * part, tl.minimum(split * part + part, K)
+    y0 = load(bias, n, here & (split == 0))
+    if PDL: # the weights come as far as L2
+        at = first + tl.arange(0, LINES) * (1024 // weight.dtype.element_ty.primitive_bitwidth) # 128 bytes each
+        lines = weight + tl.where(here, n, 0)[:, None] * K + tl.where(at < end, at, 0)[None, :]
+        tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], tl.int32,
+                                  is_pure=False, pack=1)
+    wait(PDL)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in tl.range(first, end, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        a = tl.load(x + b[:, None] * K + k[None, :], mask=(b < B)[:, None] & (k < end)[None, :], other=0.)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=here[:, None] & (k < end)[None, :], other=0.)
+        acc = tl.dot(a, w.T, acc, input_precision='ieee')
+    y = gelu(acc + y0[None, :], GELU)
+    tl.store(out + (split * B + b).to(tl.int64)[:, None] * N + n[None, :], y, mask=(b < B)[:, None] & here[None, :])
+
+
+@triton.jit
+def add_norm(x, y, gain, bias, out, B, C: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    """x += the sum of y's SPLITS parts, where there is a y; out = LayerNorm(x)        a program: one row"""
+    c = tl.arange(0, COLS)
+    real, at = c < C, tl.program_id(0) * C + c
+    gains, shifts = load(gain, c, real), load(bias, c, real)
+    wait(PDL)
+    a = load(x, at, real)
+    if y is not None:
+        for split in tl.static_range(SPLITS):
+            a += load(y, split * B * C + at, real)
+        tl.store(x + at, a, mask=real)
+    tl.store(out + at, layer_norm(a, gains, shifts, real, C), mask=real)
+
+
+@triton.jit
+def attend(qkv, keys, values, places, out, lse, room, scale_log2, HEADS: tl.constexpr, HS: tl.constexpr,
+           D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """
+    The attention of a row's newest token, which stands at places[row], over itself and all before it, which are kept;
+    its key and value are kept too.      a program: one row, one head, one of SPLITS runs of the places
+
+    BLOCK softmaxes run side by side, the i-th over each run's i-th, BLOCK + i-th, ... place, and become one at the end:
+    nothing is summed over places until then.
+    """
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    d, real = tl.arange(0, D), tl.arange(0, D) < HS
+    place = tl.load(places + row).to(tl.int32)
+    kept = (row * HEADS + head).to(tl.int64) * room * HS
+    keys += kept
+    values += kept
+    run = tl.cdiv(place, SPLITS)
+    first, end = split * run, tl.minimum(split * run + run, place)
+    t = first + tl.arange(0, BLOCK)
+    mask = (t < end)[:, None] & real[None, :]
+    k = tl.load(keys + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+    v = tl.load(values + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+    wait(PDL)
+    qkv += row * 3 * HEADS * HS + head * HS + d
+    q = tl.load(qkv, mask=real, other=0.).to(tl.float32) * scale_log2
+    new_k = tl.load(qkv + HEADS * HS, mask=real, other=0.).to(keys.dtype.element_ty)
+    new_v = tl.load(qkv + 2 * HEADS * HS, mask=real, other=0.).to(keys.dtype.element_ty)
+    top = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    for start in tl.range(first, end, BLOCK):
+        t = start + BLOCK + tl.arange(0, BLOCK)
+        mask = (t < end)[:, None] & real[None, :]
+        next_k = tl.load(keys + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+        next_v = tl.load(values + t[:, None] * HS + d[None, :], mask=mask, other=0.)
+        score = tl.where(t - BLOCK < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float('inf'))
+        higher = tl.maximum(top, score)
+        shrink, p = tl.exp2(top - higher), tl.exp2(score - higher)
+        total = total * shrink + p
+        acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
+        top, k, v = higher, next_k, next_v
+    # the newest token belongs to the first run
+    score = tl.where(split == 0, tl.sum(q * new_k.to(tl.float32), 0), -1e30)
+    tl.store(keys + place * HS + d, new_k, mask=real & (split == 0))
+    tl.store(values + place * HS + d, new_v, mask=real & (split == 0))
+    highest = tl.maximum(tl.max(top, 0), score)
+    p = tl.where(split == 0, tl.exp2(score - highest), 0.)
+    shrink = tl.exp2(top - highest)
+    sum_p = tl.sum(total * shrink, 0) + p
+    y = (tl.sum(acc * shrink[:, None], 0) + p * new_v.to(tl.float32)) / tl.maximum(sum_p, 1e-30) # an empty run has none
+    tl.store(out + (row * SPLITS + split) * HEADS * HS + head * HS + d, y, mask=real)
+    if SPLITS > 1:
+        tl.store(lse + (row * HEADS + head) * SPLITS + split, highest + tl.log2(tl.maximum(sum_p, 1e-30)))
+
+
+@triton.jit
+def scramble(x):
+    """As model.scramble."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def sort_key(x):
+    """int32 that are in order as the float32 x are."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def kth_largest(logits, stride, kth, V, TOP_K, COLS: tl.constexpr):
+    """
+    A number that exactly the TOP_K largest of a row reach, or, of equal ones, more.        a program: one row
+
+    By halving what lies between the smallest and the largest, as integers in the order of the floats.
+    """
+    row, v = tl.program_id(0), tl.arange(0, COLS)
+    x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf'))
+    key = sort_key(x.to(tl.float32))
+    low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1 # reached by TOP_K or more, by fewer
+    reached = TOP_K + 1
+    while (high - low > 1) & (reached != TOP_K):
+        middle = (low + high) >> 1
+        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low, high = tl.where(reached >= TOP_K, middle, low), tl.where(reached >= TOP_K, high, middle)
+    tl.store(kth + row, low.to(tl.int32))
+
+
+@triton.jit
+def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr):
+    """The largest of logit * warmth + Gumbel noise, and whose it is, among BLOCK tokens of a row."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    v = block * BLOCK + tl.arange(0, BLOCK)
+    bits = scramble(scramble(tl.load(seeds + row).to(tl.uint64, bitcast=True)) + v.to(tl.uint64))
+    uniform = (((bits >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    logit = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
+    score = logit * warmth - tl.log(-tl.log(uniform))
+    if kth is not None:
+        score = tl.where(sort_key(logit) >= tl.load(kth + row), score, -float('inf'))
+    largest, where = tl.max(score, 0, return_indices=True)
+    at = row * tl.num_programs(0) + block
+    tl.store(best + at, largest)
+    tl.store(token + at, (block * BLOCK + where).to(tl.int64))
