@@ -66,6 +66,7 @@ def test_the_kernels_build_without_a_gpu_and_the_module_imports(tmp_path):
 
 @pytest.mark.parametrize('said, complaint', [
     ("ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized", 'serialised'),
+    ("ptxas info : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized", 'serialised'),
     ("    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads", 'spill')])
 def test_a_spill_or_a_serialised_wgmma_fails_the_build(said, complaint):
     setup.check_ptxas('x.cu', "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")

@@ -193,7 +193,7 @@ def _qkv_infer_fake(qkv, n_head):
 
 
 # From this many rows on one pass is faster than two (NOTES.md); its dq differs in the last bits from run to run.
-ONE_PASS_ROWS = {64: 2048, 128: 8192} # by the width of the kernels' tiles
+ONE_PASS_ROWS = {64: 2048, 128: 4096} # by the width of the kernels' tiles
 
 
 def _backward(addresses, lse, shape, strides, seed, dropout):

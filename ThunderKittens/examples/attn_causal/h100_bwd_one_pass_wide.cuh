@@ -3,12 +3,12 @@
 //
 // tiles      a block owns 128 rows of k, v, a warpgroup 64 of them, and both walk the same 64 rows of q, dout
 // pipeline   ds^T of both warpgroups meets in shared memory, where each multiplies all of it with its half of k's
-//            columns: 64 x 64 of dq. What is in flight, and what is computed meanwhile:
-//                dv       ds from p and dp, to shared memory
-//                dq, dk   dq to shared memory and from there, by bulk addition, to the workspace
-//                s, dp    of the next step: its p
-//            Between steps nothing is in flight; p and dp are in registers. dq and dp share theirs. 256 threads, so
-//            that each may have 255 registers: the first one loads
+//            columns: 64 x 64 of dq, a step late, so that neither waits for the other within a step. What is in flight
+//            and what is computed meanwhile:
+//                dq of the last step      p; then dq to shared memory and by bulk addition to the workspace
+//                dp, dv                   ds from p and dp, to shared memory
+//                dk, s of the next step   the next loads
+//            dq and dp take turns in one set of registers. 256 threads, so that each may have 255: one of them loads
 // source     the shape of FlashAttention-3's backward, arXiv:2407.08608
 #pragma once
 
@@ -21,7 +21,7 @@ template <int D> struct wide_smem {
     st_bf<2 * ROWS, ROWS> ds[2];             // transposed: rows of k down, of q across
     alignas(128) float dq[2][4][16 * PANEL]; // of a warpgroup, of a warp; on its way to the workspace
     sv_fl<2 * ROWS> stats[shape::stages];    // lse2, delta
-    semaphore kv_arrived, kv_free, q_arrived[shape::stages], ds_arrived[2];
+    semaphore kv_arrived, kv_free, q_arrived[shape::stages], q_free[shape::stages], ds_arrived[2];
     int batch, head; // of the tile that is loaded; thread 0 alone
 };
 static_assert(sizeof(wide_smem<128>) <= SMEM_LIMIT, "head dim 128: fewer stages");
@@ -30,20 +30,18 @@ template <int D> KITTENS_DEVICE void wide_compute(wide_smem<D>& smem, const bwd_
     using shape = wide_shape<D>;
     static_assert(D == 2 * PANEL, "a warpgroup takes one panel of k in dq");
     const float scale_log2 = args.scale_log2;
-    ring<shape::stages> q, next;
+    ring<shape::stages> q;
     ring<2> turn;
     rt_fl<D> dk, dv;
-    rt_fl<ROWS> s, dp;
-    rt_fl<ROWS>& dq = dp;
+    rt_fl<ROWS> s, dp_or_dq;
     rt_bf<ROWS> p_bf, ds;
-    int head, rank, ahead;             // the piece of q to load next
-    float* sums = nullptr;             // of this warp, for this step's rows of q
+    int head, rank, ahead = 0;         // the piece of q to load next
+    float* sums = nullptr;             // of this warp, for the rows of q whose dq is next
     const uint32_t never = args.N < 0; // 0, and the compiler does not know
 
     const auto free = [&](semaphore& bar) KITTENS_INLINE {
         if (elected_lane()) arrive(bar);
     };
-    // Thread 0 loads, two steps ahead: into the slot of the last step, which both warpgroups have left.
     const auto load_piece = [&](int slot) KITTENS_INLINE {
         semaphore& arrived = smem.q_arrived[slot];
         const int b = smem.batch, h = smem.head;
@@ -52,32 +50,36 @@ template <int D> KITTENS_DEVICE void wide_compute(wide_smem<D>& smem, const bwd_
         load_rows(smem.dout[slot], args.dout, arrived, ahead * ROWS, h, b, tma::KEEP);
         tma::load(smem.stats[slot].address(), args.stats_rows, arrived, 0, ahead, b * args.H + h, 0);
     };
-    const auto load_ahead = [&](int slot) KITTENS_INLINE {
-        if (threadIdx.x == 0 && ahead < args.pieces) load_piece(slot);
-        ahead++;
-    };
-    // What is written here was read two steps ago, and the other warpgroup has arrived since.
+    // What is overwritten here was read two steps ago by this warpgroup; by the other one before it wrote its part of
+    // the last step's, for which this one has waited.
     const auto share_ds = [&]() KITTENS_INLINE {
         warp::store(smem.ds[turn.slot], w * ROWS + warp_row(), ds);
         fence_async();
         __syncwarp();
         free(smem.ds_arrived[turn.slot]);
     };
-    const auto issue_dq = [&]() KITTENS_INLINE {
-        const st_bf<2 * ROWS, ROWS>& all = smem.ds[turn.slot];
-        warpgroup::mma_AtB(dq, all.template row_window<ROWS>(0), smem.k[0].template col_window<PANEL>(w * PANEL), 0);
-        warpgroup::mma_AtB(dq, all.template row_window<ROWS>(ROWS),
+    const auto issue_dq = [&]() KITTENS_INLINE { // of the last step
+        const ring<2> last = turn.previous();
+        wait(smem.ds_arrived[last.slot], last.parity);
+        const st_bf<2 * ROWS, ROWS>& all = smem.ds[last.slot];
+        warpgroup::pin(dp_or_dq);
+        wgmma::fence();
+        warpgroup::mma_AtB(dp_or_dq, all.template row_window<ROWS>(0),
+                           smem.k[0].template col_window<PANEL>(w * PANEL), 0);
+        warpgroup::mma_AtB(dp_or_dq, all.template row_window<ROWS>(ROWS),
                            smem.k[1].template col_window<PANEL>(w * PANEL), 1);
         wgmma::commit();
     };
     const auto add_dq = [&]() KITTENS_INLINE {
+        wgmma::wait<0>();
+        warpgroup::pin(dp_or_dq);
         float* buffer = smem.dq[w][threadIdx.x >> 5 & 3];
-        if (elected_lane()) tma::wait_read<0>(); // the last step's
+        if (elected_lane()) tma::wait_read<0>();
         __syncwarp();
 #pragma unroll
         for (int e = 0; e < PANEL / 2; e += 4)
             *reinterpret_cast<float4*>(buffer + e * 32 + (threadIdx.x & 31) * 4) =
-                make_float4(dq.data[e], dq.data[e + 1], dq.data[e + 2], dq.data[e + 3]);
+                make_float4(dp_or_dq.data[e], dp_or_dq.data[e + 1], dp_or_dq.data[e + 2], dp_or_dq.data[e + 3]);
         fence_async();
         __syncwarp();
         if (elected_lane()) {
@@ -86,59 +88,59 @@ template <int D> KITTENS_DEVICE void wide_compute(wide_smem<D>& smem, const bwd_
         }
         sums += ROWS * D;
     };
-    // p and dp of this step are there, in s and dp.
-    const auto step = [&]<bool last>() KITTENS_INLINE {
+    // Scores of this step are there, and nothing is in flight.
+    const auto step = [&]<bool first, bool last>() KITTENS_INLINE {
+        if constexpr (!first) issue_dq();
+        if constexpr (first) warp::hide_below_diagonal(s, warp_row(), -INFINITY);
+        exponentials_across(s, smem.stats[q.slot], scale_log2);
+        warpgroup::hold(s, never);
+        if constexpr (!first) add_dq();
         round_kept<false>(p_bf, s, 0);
+        warpgroup::pin(dp_or_dq);
         warpgroup::pin(dv);
         wgmma::fence();
+        warpgroup::mma_ABt(dp_or_dq, smem.v[w], smem.dout[q.slot], 0);
+        wgmma::commit();
         warpgroup::mma_AB(dv, p_bf, smem.dout[q.slot], 1);
         wgmma::commit();
-        score_gradients_across<false>(ds, s, dp, smem.stats[q.slot], 0, 1.f);
+        wgmma::wait<1>();
+        warpgroup::pin(dp_or_dq);
+        score_gradients_across<false>(ds, s, dp_or_dq, smem.stats[q.slot], 0, 1.f);
         share_ds();
-        wait(smem.ds_arrived[turn.slot], turn.parity);
-        warpgroup::pin(dq);
+        turn.advance();
+        const ring<shape::stages> next = q.next();
+        if constexpr (!last) wait(smem.q_arrived[next.slot], next.parity);
         warpgroup::pin(dk);
         warpgroup::pin(s);
         wgmma::fence();
-        issue_dq();
         warpgroup::mma_AB(dk, ds, smem.q[q.slot], 1);
         wgmma::commit();
-        load_ahead(next.previous().previous().slot); // the last step's
-        wgmma::wait<1>();
-        warpgroup::pin(dq);
-        add_dq();
         if constexpr (!last) {
-            wait(smem.q_arrived[next.slot], next.parity);
-            warpgroup::pin(s);
-            wgmma::fence();
             warpgroup::mma_ABt(s, smem.k[w], smem.q[next.slot], 0);
             wgmma::commit();
-            warpgroup::pin(dp);
-            wgmma::fence();
-            warpgroup::mma_ABt(dp, smem.v[w], smem.dout[next.slot], 0);
-            wgmma::commit();
-            wgmma::wait<1>();
-            warpgroup::pin(s);
-            exponentials_across(s, smem.stats[next.slot], scale_log2);
-            warpgroup::hold(s, never);
         }
+        if (threadIdx.x == 0 && ahead < args.pieces) { // into the slot of the last step
+            const ring<shape::stages> slot = q.previous();
+            wait(smem.q_free[slot.slot], slot.parity);
+            load_piece(slot.slot);
+        }
+        ahead++;
         wgmma::wait<0>();
-        warpgroup::pin(dp);
+        warpgroup::pin(s);
         warpgroup::pin(dk);
         warpgroup::pin(dv);
-        turn.advance();
+        free(smem.q_free[q.slot]);
         q = next;
-        next.advance();
     };
-
     const auto load_first = [&]() KITTENS_INLINE { // of a tile: its first two pieces of q
         ahead = 2 * rank;
         if (threadIdx.x == 0) {
             smem.batch = head / args.H;
             smem.head = head - smem.batch * args.H;
         }
-        load_ahead(q.slot);
-        load_ahead(q.next().slot);
+#pragma unroll 1
+        for (ring<shape::stages> slot = q; ahead < 2 * rank + 2; ahead++, slot.advance())
+            if (threadIdx.x == 0 && ahead < args.pieces) load_piece(slot.slot);
     };
     const auto load_kv = [&]() KITTENS_INLINE {
         if (threadIdx.x == 0) {
@@ -159,49 +161,47 @@ template <int D> KITTENS_DEVICE void wide_compute(wide_smem<D>& smem, const bwd_
 #pragma unroll 1
     for (int i = 0; more; i++) {
         const int piece = 2 * rank + w, steps = args.pieces - piece;
-        wait(smem.kv_arrived, i & 1);
         sums = dq_sums<D>(args, head, 2 * rank) + (w * 4 + (threadIdx.x >> 5 & 3)) * 16 * PANEL;
+        wait(smem.kv_arrived, i & 1);
         if (w == 1) { // the first rows of q see none of its keys
 #pragma unroll
             for (int k = 0; k < ROWS / 16; k++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) ds.data[k][e] = 0;
             share_ds();
-            wait(smem.q_arrived[q.slot], q.parity);
-            wait(smem.ds_arrived[turn.slot], turn.parity);
-            warpgroup::pin(dq);
-            wgmma::fence();
-            issue_dq();
-            wgmma::wait<0>();
-            warpgroup::pin(dq);
-            add_dq();
             turn.advance();
+            free(smem.q_free[q.slot]);
             q.advance();
             ahead++;
         }
         if (steps > 0) {
             warp::zero(dk);
             warp::zero(dv);
-            next = q.next();
             wait(smem.q_arrived[q.slot], q.parity);
             warpgroup::pin(dk);
             warpgroup::pin(dv);
             warpgroup::pin(s);
-            warpgroup::pin(dp);
             wgmma::fence();
             warpgroup::mma_ABt(s, smem.k[w], smem.q[q.slot], 0);
             wgmma::commit();
-            warpgroup::mma_ABt(dp, smem.v[w], smem.dout[q.slot], 0);
-            wgmma::commit();
-            wgmma::wait<1>();
-            warpgroup::pin(s);
-            warp::hide_below_diagonal(s, warp_row(), -INFINITY);
-            exponentials_across(s, smem.stats[q.slot], scale_log2);
             wgmma::wait<0>();
-            warpgroup::pin(dp);
+            warpgroup::pin(s);
+        }
+        if (w == 1) {
+            issue_dq();
+            add_dq();
+        }
+        if (steps == 1) {
+            step.template operator()<true, true>();
+        } else if (steps > 1) {
+            step.template operator()<true, false>();
 #pragma unroll 1
-            for (int left = steps; left > 1; left--) step.template operator()<false>();
-            step.template operator()<true>();
+            for (int left = steps; left > 2; left--) step.template operator()<false, false>();
+            step.template operator()<false, true>();
+        }
+        if (steps > 0) {
+            issue_dq();
+            add_dq();
         }
         sync(1, 256); // both have read k and the last q
         const int b = head / args.H, h = head - b * args.H;
@@ -230,7 +230,10 @@ template <int D> __global__ void __launch_bounds__(256, 1) causal_one_pass_wide(
     if (threadIdx.x == 0) {
         init(smem.kv_arrived, 1);
         init(smem.kv_free, 8); // one arrival a warp
-        for (int i = 0; i < shape::stages; i++) init(smem.q_arrived[i], 1);
+        for (int i = 0; i < shape::stages; i++) {
+            init(smem.q_arrived[i], 1);
+            init(smem.q_free[i], 8);
+        }
         for (int i = 0; i < 2; i++) init(smem.ds_arrived[i], 8);
         fence_init();
     }

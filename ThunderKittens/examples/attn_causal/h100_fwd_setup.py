@@ -25,7 +25,7 @@ MODULE = 'h100_attn_causal'
 ARCH = ['-gencode', 'arch=compute_90a,code=sm_90a']
 NVCC_FLAGS = ['-std=c++20', '-O3', *ARCH, '--expt-relaxed-constexpr', '-lineinfo', '-Xptxas', '-v,--warn-on-spills',
               '-Xcompiler', '-fPIC,-fvisibility=hidden', f'-I{INCLUDE}']
-SERIALISED = re.compile(r'C75(07|10|11|12|14|15)') # what ptxas says when it makes wgmma synchronous
+SERIALISED = re.compile(r'C75(07|10|11|12|14|15|20)') # what ptxas says when it makes wgmma synchronous
 SPILL = re.compile(r'(\d+) bytes spill stores, (\d+) bytes spill loads')
 
 
