@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import ThunderKittens.examples.gemm_gelu as gemm
 from ThunderKittens.examples.attn_causal import h100_fwd_setup as setup
-from ThunderKittens.examples.gemm_gelu.reference import form, plain_linear_gelu
+from ThunderKittens.examples.gemm_gelu.reference import form, plain_linear_gelu, plain_linear_gelu_backward
 
 HERE = Path(__file__).resolve().parent
 gpu = pytest.mark.gpu
@@ -42,24 +42,29 @@ def constants_of_the_kernel():
     return {name: np.float32(value) for name, value in re.findall(r'(\w+) = (-?[\d.e-]+)f?[,;]', source)}
 
 
-def gelu_in_float32(x):
-    """The exact form as gelu.cuh computes it, in numpy."""
+def tail_in_float32(x):
+    """(a, exp(-a^2 / 2), P) as gelu.cuh computes them, in numpy."""
     c, one = constants_of_the_kernel(), np.float32(1)
     a = np.minimum(np.abs(x), c['FAR'])
     t = one / (one + c['P_SCALE'] * a)
-    p = c['P5']
+    poly = c['P5']
     for name in ('P4', 'P3', 'P2', 'P1'):
-        p = t * p + c[name]
-    return np.maximum(x, 0) - a * (np.exp2(a * (a * np.float32(-0.5 * math.log2(math.e)))) * (t * p))
+        poly = t * poly + c[name]
+    return a, np.exp2(a * (a * np.float32(-0.5 * math.log2(math.e)))), t * poly
 
 
 def test_the_kernels_erf_is_off_by_less_than_a_millionth():
     x = np.concatenate([np.linspace(-20, 20, 400_001), np.linspace(-1e-3, 1e-3, 2001)]).astype(np.float32)
-    error = np.abs(gelu_in_float32(x) - F.gelu(torch.from_numpy(x).double()).numpy())
-    assert error.max() < 1e-6 and error[np.abs(x) < 5].max() < 4e-7
+    a, bell, p = tail_in_float32(x)
+    exact = torch.from_numpy(x).double()
+    gelu = torch.from_numpy(np.maximum(x, 0) - a * (bell * p)).double()
+    assert (gelu - F.gelu(exact)).abs().max() < 1e-6
+    below = bell * (p - constants_of_the_kernel()['INV_SQRT_2PI'] * a)
+    slope = torch.from_numpy(np.where(x < 0, below, 1 - below)).double()
+    assert (slope - torch.ops.aten.gelu_backward(torch.ones_like(exact), exact)).abs().max() < 1e-6
 
 
-def test_the_kernel_builds_without_a_gpu_and_the_module_imports(tmp_path):
+def test_the_kernels_build_without_a_gpu_and_the_module_imports(tmp_path):
     try:
         setup.find_nvcc()
     except SystemExit as missing:
@@ -105,14 +110,17 @@ def test_without_a_gpu_shapes_are_known_to_the_compiler():
             return torch.empty(shape, dtype=torch.bfloat16, device='cuda')
         pre, act = gemm.linear_gelu(empty(2, 17, 64), empty(256, 64), empty(256))
         assert pre.shape == act.shape == (2, 17, 256)
+        assert gemm.linear_gelu_backward(empty(2, 17, 64), empty(64, 256), pre).shape == (2, 17, 256)
+        dpre, act = gemm.linear_gelu_backward(empty(34, 64), empty(64, 256), empty(34, 256), act_too=True)
+        assert dpre.shape == act.shape == (34, 256)
 
 
 def test_what_it_cannot_do_is_refused_in_words():
-    x, w = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((8, 64), (128, 64)))
+    x, w, dy = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((8, 64), (128, 64), (8, 64)))
     with pytest.raises(TypeError, match='x must be torch.bfloat16, got torch.float32'):
         gemm.linear_gelu(x.float(), w)
-    with pytest.raises(TypeError, match='bias must be torch.bfloat16, got torch.float16'):
-        gemm.linear_gelu(x, w, torch.zeros(128, dtype=torch.float16))
+    with pytest.raises(TypeError, match='pre must be torch.bfloat16, got torch.float16'):
+        gemm.linear_gelu_backward(dy, w.t().contiguous(), torch.zeros(8, 128, dtype=torch.float16))
     with pytest.raises(ValueError, match='x must be on a CUDA device'):
         gemm.linear_gelu(x, w)
 
@@ -136,6 +144,16 @@ def forward(x, w, bias=None, tanh=False):
     return pre, act
 
 
+def backward(dy, w2, pre, tanh=False, act_too=False):
+    """dpre and act (None unless asked for) of the kernel, into poisoned memory."""
+    (M, C), N = dy.shape, w2.shape[1]
+    dpre, act = nan_like((M, N)), nan_like((M, N)) if act_too else None
+    gemm._module().backward(dy.data_ptr(), w2.data_ptr(), pre.data_ptr(), dpre.data_ptr(),
+                            act.data_ptr() if act_too else 0, M, N, C, tanh,
+                            torch.cuda.current_stream().cuda_stream)
+    return dpre, act
+
+
 def assert_as_accurate(got, exact, torchs, label):
     error, allowed = (got.double() - exact).abs(), (torchs.double() - exact).abs()
     slack = 1e-5 * exact.abs().max()
@@ -152,6 +170,12 @@ def assert_right(M, N, K, tanh=False, bias=False, scale=1.0):
     pre, act = forward(x, w, b, tanh)
     for got, want, torchs, what in zip((pre, act), exact, plain_linear_gelu(x, w, b, tanh), ('pre', 'act')):
         assert_as_accurate(got, want, torchs, f"{what}, {label}")
+    dy, w2 = random(M, K), random(K, N, scale=K ** -0.5)
+    exact = plain_linear_gelu_backward(dy.double(), w2.double(), pre.double(), tanh)
+    dpre, again = backward(dy, w2, pre, tanh, act_too=True)
+    assert_as_accurate(dpre, exact, plain_linear_gelu_backward(dy, w2, pre, tanh), f"dpre, {label}")
+    assert torch.equal(again, act), f"act from the backward, {label}"
+    assert torch.equal(backward(dy, w2, pre, tanh)[0], dpre), f"dpre alone, {label}"
 
 
 @device_test
@@ -199,14 +223,18 @@ def test_the_gelu_of_every_bfloat16(tanh):
     assert torch.equal(pre, x)
     exact = F.gelu(x.double(), approximate=form(tanh))
     assert ((act.double() - exact).abs() <= 2 ** -8 * exact.abs() + 1e-6).all()
+    dpre, _ = backward(torch.ones_like(x), one, x, tanh)
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(x).double(), x.double(), approximate=form(tanh))
+    assert ((dpre.double() - slope).abs() <= 2 ** -8 * slope.abs() + 2e-6).all()
 
 
 # ---- what is read and written ----------------------------------------------------------------------------------------
 
 @device_test
 def test_nan_and_infinity_stay_in_their_row():
-    x, w = random(300, 256), random(520, 256, scale=0.1)
+    x, w, dy, w2 = random(300, 256), random(520, 256, scale=0.1), random(300, 256), random(256, 520, scale=0.1)
     clean_pre, clean_act = forward(x, w)
+    clean, _ = backward(dy, w2, clean_pre)
     others = torch.arange(300, device='cuda') != 200
     for poison in (float('nan'), float('inf'), float('-inf')):
         bad = x.clone()
@@ -215,6 +243,14 @@ def test_nan_and_infinity_stay_in_their_row():
         assert torch.equal(pre[others], clean_pre[others]) and torch.equal(act[others], clean_act[others])
         assert not pre[200].isfinite().any()
         assert act[200].isnan().all() if math.isnan(poison) else torch.equal(act[200] > 0, pre[200] > 0)
+        bad_dy, bad_pre = dy.clone(), clean_pre.clone()
+        bad_dy[200, 77] = bad_pre[200, 3] = poison
+        for got in (backward(bad_dy, w2, clean_pre)[0], backward(dy, w2, bad_pre)[0]):
+            assert torch.equal(got[others], clean[others])
+        assert not backward(bad_dy, w2, clean_pre)[0][200].isfinite().any()
+        if math.isnan(poison):
+            for tanh in (False, True):
+                assert backward(dy, w2, bad_pre, tanh)[0][200, 3].isnan(), "a NaN is not lost"
 
 
 @device_test
@@ -226,14 +262,21 @@ def test_nothing_beside_the_tensors_is_read_or_written(M):
     N, K = 200, 72
     _, x = inside(M, K, float('nan'))
     _, w = inside(N, K, float('nan'))
-    for tensor in (x, w):
+    _, w2 = inside(K, N, float('nan'))
+    _, pre_in = inside(M, N, float('nan'))
+    for tensor in (x, w, w2, pre_in):
         tensor.copy_(random(*tensor.shape))
-    (pre_all, pre), (act_all, act) = (inside(M, N, 7.0) for _ in range(2))
+    (pre_all, pre), (act_all, act), (dpre_all, dpre) = (inside(M, N, 7.0) for _ in range(3))
     stream = torch.cuda.current_stream().cuda_stream
     gemm._module().forward(x.data_ptr(), w.data_ptr(), 0, pre.data_ptr(), act.data_ptr(), M, N, K, False, stream)
     want = forward(x.clone(), w.clone())
     assert torch.equal(pre, want[0]) and torch.equal(act, want[1])
-    for whole, window in ((pre_all, pre), (act_all, act)):
+    act.fill_(7.0)
+    gemm._module().backward(x.data_ptr(), w2.data_ptr(), pre_in.data_ptr(), dpre.data_ptr(), act.data_ptr(), M, N, K,
+                            False, stream)
+    want = backward(x.clone(), w2.clone(), pre_in.clone(), act_too=True)
+    assert torch.equal(dpre, want[0]) and torch.equal(act, want[1])
+    for whole, window in ((pre_all, pre), (act_all, act), (dpre_all, dpre)):
         window.fill_(7.0)
         assert (whole == 7).all()
 
@@ -251,6 +294,8 @@ def test_what_cannot_be_read_in_place_is_refused():
         gemm.linear_gelu(x, random(128, 72))
     with pytest.raises(ValueError, match=r'bias must be \(128,\)'):
         gemm.linear_gelu(x, w, random(64))
+    with pytest.raises(ValueError, match=r'pre must be \(8, 128\)'):
+        gemm.linear_gelu_backward(x, w.t().contiguous(), random(8, 64))
 
 
 @device_test
@@ -261,33 +306,39 @@ def test_more_than_two_to_the_31_elements():
     assert pre.numel() > 2 ** 31
     tail = slice(M - 300, M)
     assert all(torch.equal(a[tail], b) for a, b in zip((pre, act), forward(x[tail].clone(), w)))
+    del act
+    dpre = gemm.linear_gelu_backward(x, w.t().contiguous(), pre)
+    assert torch.equal(dpre[tail], backward(x[tail].clone(), w.t().contiguous(), pre[tail].clone())[0])
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 @device_test
 def test_many_runs_give_the_same_bits():
-    x, w = random(5000, 768), random(3072, 768, scale=0.04)
+    x, w, dy, w2 = random(5000, 768), random(3072, 768, scale=0.04), random(5000, 768), random(768, 3072, scale=0.04)
     pre, act = forward(x, w)
+    dpre, _ = backward(dy, w2, pre)
     differing = torch.zeros((), device='cuda')
-    for _ in range(300):
-        again = forward(x, w)
-        differing += (again[0] != pre).any() | (again[1] != act).any()
+    for _ in range(200):
+        pre2, act2 = forward(x, w)
+        differing += (pre2 != pre).any() | (act2 != act).any() | (backward(dy, w2, pre)[0] != dpre).any()
     assert differing.item() == 0
 
 
 @device_test
 def test_a_graph_replays_with_new_contents():
-    x, w = random(300, 256), random(512, 256)
-    gemm.linear_gelu(x, w)
+    x, w, w2 = random(300, 256), random(512, 256), random(256, 512)
+    gemm.linear_gelu_backward(x, w2, gemm.linear_gelu(x, w)[0], act_too=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         pre, act = gemm.linear_gelu(x, w)
+        dpre = gemm.linear_gelu_backward(x, w2, pre)
     for _ in range(3):
         x.normal_()
         graph.replay()
         want = gemm.linear_gelu(x, w)
         assert torch.equal(pre, want[0]) and torch.equal(act, want[1])
+        assert torch.equal(dpre, gemm.linear_gelu_backward(x, w2, want[0]))
 
 
 @device_test
@@ -307,10 +358,14 @@ def test_two_streams_do_not_disturb_each_other():
 
 
 @device_test
-def test_the_operator_passes_opcheck():
+def test_the_operators_pass_opcheck():
+    ops = torch.ops.thunderkittens
     x, w = random(2, 17, 64), random(128, 64)
-    torch.library.opcheck(torch.ops.thunderkittens.linear_gelu_fwd.default, (x, w, random(128), False))
-    torch.library.opcheck(torch.ops.thunderkittens.linear_gelu_fwd.default, (x, w, None, True))
+    pre, _ = gemm.linear_gelu(x, w)
+    torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w, random(128), False))
+    torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w, None, True))
+    for act_too in (False, True):
+        torch.library.opcheck(ops.linear_gelu_bwd.default, (x, w.t().contiguous(), pre, False, act_too))
 
 
 @device_test

@@ -31,23 +31,39 @@ void* matrix(const char* name, uintptr_t address, bool may_be_null = false) {
     return reinterpret_cast<void*>(address);
 }
 
+void raise_if(const char* error, const char* what) {
+    if (error != nullptr) throw std::runtime_error(std::string(what) + ": " + error);
+}
+
 void forward(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t pre, uintptr_t act, int64_t M, int64_t N, int64_t K,
              bool tanh, uintptr_t stream) {
     check_sizes(M, N, K);
-    const gemm::linear_gelu_problem problem{matrix("x", x),      matrix("w", w),      matrix("bias", bias, true),
-                                            matrix("pre", pre),  matrix("act", act),  static_cast<int>(M),
-                                            static_cast<int>(N), static_cast<int>(K), tanh};
-    const char* error = launch_linear_gelu(&problem, reinterpret_cast<void*>(stream));
-    if (error != nullptr) throw std::runtime_error(std::string("linear and gelu: ") + error);
+    const gemm::fwd_problem problem{matrix("x", x),     matrix("w", w),     matrix("bias", bias, true),
+                                    matrix("pre", pre), matrix("act", act), static_cast<int>(M),
+                                    static_cast<int>(N), static_cast<int>(K), tanh};
+    raise_if(launch_linear_gelu_fwd(&problem, reinterpret_cast<void*>(stream)), "linear and gelu forward");
+}
+
+void backward(uintptr_t dy, uintptr_t w, uintptr_t pre, uintptr_t dpre, uintptr_t act, int64_t M, int64_t N, int64_t K,
+              bool tanh, uintptr_t stream) {
+    check_sizes(M, N, K);
+    const gemm::bwd_problem problem{matrix("dy", dy),     matrix("w", w),           matrix("pre", pre),
+                                    matrix("dpre", dpre), matrix("act", act, true), static_cast<int>(M),
+                                    static_cast<int>(N),  static_cast<int>(K),      tanh};
+    raise_if(launch_linear_gelu_bwd(&problem, reinterpret_cast<void*>(stream)), "linear and gelu backward");
 }
 
 } // namespace
 
 PYBIND11_MODULE(h100_gemm_gelu, m) {
-    m.doc() = "a linear layer with GELU for sm_90a; see README.md";
+    m.doc() = "matrix products with GELU for sm_90a; see README.md";
     m.attr("sources") = SOURCES; // hash of what this was built from
     m.def("forward", &forward, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("pre"), py::arg("act"),
           py::arg("M"), py::arg("N"), py::arg("K"), py::arg("tanh"), py::arg("stream"),
           "Queue pre = x w^T + bias, act = gelu(pre) on `stream`: contiguous bf16 by address, x (M, K), w (N, K), bias "
           "(N) or 0.");
+    m.def("backward", &backward, py::arg("dy"), py::arg("w"), py::arg("pre"), py::arg("dpre"), py::arg("act"),
+          py::arg("M"), py::arg("N"), py::arg("K"), py::arg("tanh"), py::arg("stream"),
+          "Queue dpre = (dy w) gelu'(pre), and act = gelu(pre) unless it is 0, on `stream`: contiguous bf16 by "
+          "address, dy (M, K), w (K, N).");
 }

@@ -1,12 +1,14 @@
-// h100_gemm.cu: a matrix product with GELU behind it, sm_90a        M rows, N columns, K summed over
+// h100_gemm.cu: a matrix product with GELU behind it, and its backward, sm_90a        M rows, N columns, K summed over
 //
-// problem    pre = x w^T + bias, act = gelu(pre)      x (M, K), w (N, K), bias (N), pre and act (M, N), all bf16
+// problem    forward   pre = x w^T + bias, act = gelu(pre)      x (M, K), w (N, K), pre and act (M, N), all bf16
+//            backward  dpre = (dy w) gelu'(pre), act = gelu(pre) again where asked for     dy (M, K), w (K, N)
 // tiles      128 x 192 of the output a block, 64 rows a warpgroup, 64 of K a step; blocks stay on their
 //            multiprocessor, two of them (a cluster) take tiles one above the other                          shapes.cuh
 // pipeline   one producer thread keeps four steps in flight by TMA; each block of a cluster loads half of w's tile into
-//            both. A finished tile is rounded to bf16 in shared memory and worked on while the next one's products run:
-//            after a step's products are issued, a warp takes a few units (4 rows of 64 columns) of the last tile
-// epilogue   a unit: 16 bytes a lane from shared memory, gelu.cuh, whole lines of pre and act out
+//            both. Two warpgroups multiply, round a finished tile to bf16 into shared memory and go on with the next;
+//            seven other warps finish it meanwhile
+// epilogue   a unit of 8 rows and 64 columns: 16 bytes a lane from shared memory (and of pre, in L2 by then), gelu.cuh,
+//            whole lines out
 // limits     sm_90a; N and K multiples of 8, M any; bases multiples of 16 bytes
 #include "h100_gemm.cuh"
 
@@ -20,20 +22,25 @@ namespace gemm {
 using namespace kittens;
 
 struct gemm_args {
-    CUtensorMap x, w;
-    const bf16* bias;                  // or null
-    uint4 *pre, *act;                  // 8 elements each
+    CUtensorMap a, b, pre; // pre: backward only
+    const bf16* bias;      // forward: or null
+    const uint4* pre_in;   // backward; 8 elements each
+    uint4 *out, *act;      // out: pre forward, dpre backward
     int M, N, steps, col_tiles, tiles; // tiles: of a cluster, CLUSTER x TILE_ROWS rows high
-    int units_a_step;
 };
 
-struct gemm_smem {
-    st_bf<TILE_ROWS, STEP> x[STAGES];
-    st_bf<TILE_COLS, STEP> w[STAGES];
-    st_bf<16, TILE_COLS> done[4 * WARPGROUPS]; // the last tile, a piece a warp
+template <bool forward> struct b_tile; // w's tile as it lies in memory
+template <> struct b_tile<true> : st_bf<TILE_COLS, STEP> {};
+template <> struct b_tile<false> : st_bf<STEP, TILE_COLS> {};
+
+template <bool forward> struct gemm_smem {
+    st_bf<TILE_ROWS, STEP> a[STAGES];
+    b_tile<forward> b[STAGES];
+    st_bf<16, TILE_COLS> done[STRIPS]; // a tile that waits to be finished
     semaphore arrived[STAGES], free[STAGES];
+    semaphore done_full[STRIPS], done_free[STRIPS];
 };
-static_assert(sizeof(gemm_smem) <= SMEM_LIMIT, "fewer stages");
+static_assert(sizeof(gemm_smem<true>) <= SMEM_LIMIT && sizeof(gemm_smem<false>) <= SMEM_LIMIT, "fewer stages");
 
 struct tile {
     int row, col;
@@ -46,22 +53,33 @@ KITTENS_DEVICE tile find_tile(const gemm_args& args, int number) {
 // ---- producer ----------------------------------------------------------------------------------------------------
 
 // One thread.
-KITTENS_DEVICE void load_tiles(gemm_smem& smem, const gemm_args& args) {
-    constexpr uint32_t bytes = sizeof(smem.x[0]) + sizeof(smem.w[0]);
-    constexpr int share = TILE_COLS / CLUSTER; // rows of w's tile that this block loads
+template <bool forward> KITTENS_DEVICE void load_tiles(gemm_smem<forward>& smem, const gemm_args& args) {
+    constexpr uint32_t bytes = sizeof(smem.a[0]) + sizeof(smem.b[0]);
+    constexpr int share = (forward ? TILE_COLS : STEP) / CLUSTER; // rows of w's tile that this block loads
     const int share_row = rank_in_cluster() * share;
     ring<STAGES> at;
 #pragma unroll 1
     for (int number = blockIdx.x / CLUSTER; number < args.tiles; number += gridDim.x / CLUSTER) {
         const tile t = find_tile(args, number);
+        if (!forward) // needed when the tile is multiplied
+            for (int c = 0; c < TILE_COLS; c += 64) tma::prefetch_box(args.pre, t.col + c, t.row, 0, 0);
 #pragma unroll 1
         for (int k = 0; k < args.steps; k++, at.advance()) {
             wait(smem.free[at.slot], at.parity ^ 1);
             semaphore& arrived = smem.arrived[at.slot];
             expect(arrived, bytes);
-            tma::load(smem.x[at.slot].address(), args.x, arrived, k * STEP, t.row, 0, 0);
-            tma::load_multicast(smem.w[at.slot].address() + share_row * 128, args.w, arrived, k * STEP,
-                                t.col + share_row, 0, 0, (1 << CLUSTER) - 1, tma::KEEP);
+            tma::load(smem.a[at.slot].address(), args.a, arrived, k * STEP, t.row, 0, 0);
+            const uint32_t b = smem.b[at.slot].address() + share_row * 128;
+            const auto load_share = [&](uint32_t dst, int col, int row) KITTENS_INLINE {
+                if (CLUSTER == 1)
+                    tma::load(dst, args.b, arrived, col, row, 0, 0, tma::KEEP);
+                else
+                    tma::load_multicast(dst, args.b, arrived, col, row, 0, 0, (1 << CLUSTER) - 1, tma::KEEP);
+            };
+            if (forward)
+                load_share(b, k * STEP, t.col + share_row);
+            else
+                for (int c = 0; c < TILE_COLS; c += 64) load_share(b + c * STEP * 2, t.col + c, k * STEP + share_row);
         }
     }
 }
@@ -76,35 +94,74 @@ KITTENS_DEVICE uint4 pack(const float (&x)[8]) {
     return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }
 
-// The last tile, as one warp finishes it.
-template <bool tanh> struct finisher {
-    const gemm_args& args;
-    const st_bf<16, TILE_COLS>& done;
-    int row = 0, col = 0; // of this lane's 8 elements in unit 0
-    int unit = UNITS;     // that comes next
-
-    KITTENS_DEVICE finisher(const gemm_args& args, const st_bf<16, TILE_COLS>& done) : args(args), done(done) {}
-    KITTENS_DEVICE void begin(int warp_row, int tile_col) {
-        const int lane = threadIdx.x & 31;
-        row = warp_row + lane / 8;
-        col = tile_col + lane % 8 * 8;
-        unit = 0;
+// The units of all of a block's tiles are numbered: within a tile strip by strip first. Finisher f takes each
+// FINISHERS-th, from f on.
+struct position {
+    int id, row, col; // of this lane's first piece of 8 elements, the second is 4 rows on; row -1: no more tiles
+    KITTENS_DEVICE int strip() const { return id % STRIPS; }
+    KITTENS_DEVICE int unit() const { return id / STRIPS % UNITS; }
+    KITTENS_DEVICE int tile() const { return id / (STRIPS * UNITS); }
+    KITTENS_DEVICE int strip_row() const { return unit() % (16 / UNIT_ROWS) * UNIT_ROWS + (threadIdx.x & 31) / 8; }
+    KITTENS_DEVICE int tile_col() const { return unit() / (16 / UNIT_ROWS) * UNIT_COLS + (threadIdx.x & 7) * 8; }
+    KITTENS_DEVICE void find(const gemm_args& args) {
+        const int number = (tile() * gridDim.x + blockIdx.x) / CLUSTER;
+        const gemm::tile t = find_tile(args, number);
+        row = number < args.tiles ? t.row + 16 * strip() + strip_row() : -1;
+        col = t.col + tile_col();
     }
-    KITTENS_DEVICE void finish_unit() {
-        const int lane = threadIdx.x & 31;
-        const int unit_row = unit % (16 / UNIT_ROWS) * UNIT_ROWS, unit_col = unit / (16 / UNIT_ROWS) * UNIT_COLS;
-        const uint4 x = load_piece(done.address(unit_row + lane / 8, unit_col / 8 + lane % 8));
-        float a[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) a[i] = gelu<tanh>(element(x, i));
-        if (row + unit_row < args.M && col + unit_col < args.N) {
-            const int64_t where = (static_cast<int64_t>(row + unit_row) * args.N + col + unit_col) >> 3;
-            __stcs(args.pre + where, x);
-            __stcs(args.act + where, pack(a));
-        }
-        unit++;
+    KITTENS_DEVICE bool inside(const gemm_args& args, int piece) const {
+        return row >= 0 && row + 4 * piece < args.M && col < args.N;
+    }
+    // place of a piece in a matrix of them
+    KITTENS_DEVICE int64_t place(const gemm_args& args, int piece) const {
+        return (static_cast<int64_t>(row + 4 * piece) * args.N + col) >> 3;
     }
 };
+
+// One warp.
+template <bool forward, bool tanh, bool act_too>
+KITTENS_DEVICE void finish_tiles(gemm_smem<forward>& smem, const gemm_args& args, int finisher) {
+    position at{finisher}, next{finisher};
+    uint4 pre[2] = {}, next_pre[2] = {}; // backward: of this unit and the next one
+    const auto load_next_pre = [&]() KITTENS_INLINE {
+        next.find(args);
+        if constexpr (!forward)
+#pragma unroll
+            for (int i = 0; i < 2; i++) // without a branch; what is not inside is not written either
+                next_pre[i] = load_once(args.pre_in + (next.inside(args, i) ? next.place(args, i) : 0));
+    };
+    load_next_pre();
+#pragma unroll 1
+    while (next.row >= 0) {
+        at = next;
+        const int strip = at.strip();
+        wait(smem.done_full[strip], at.tile() & 1);
+        uint4 x[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            x[i] = load_piece(smem.done[strip].address(at.strip_row() + 4 * i, at.tile_col() / 8));
+            pre[i] = next_pre[i];
+        }
+        __syncwarp();
+        if (elected_lane()) arrive(smem.done_free[strip]);
+        next.id += FINISHERS;
+        load_next_pre();
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float y[8], a[8];
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                if constexpr (forward)
+                    a[e] = gelu<tanh>(element(x[i], e));
+                else
+                    y[e] = element(x[i], e) * gelu_slope<tanh>(element(pre[i], e), a[e]);
+            }
+            if (!at.inside(args, i)) continue;
+            __stcs(args.out + at.place(args, i), forward ? x[i] : pack(y));
+            if (forward || act_too) __stcs(args.act + at.place(args, i), pack(a));
+        }
+    }
+}
 
 // ---- consumer ----------------------------------------------------------------------------------------------------
 
@@ -127,89 +184,109 @@ template <class Tile> KITTENS_DEVICE auto operand(const Tile& t) {
     return st_window<Tile::rows, Tile::cols, Tile::panel_bytes>{t.address() & 0x3ffff};
 }
 
-// Every block of the cluster writes into this slot.
-KITTENS_DEVICE void give_back(gemm_smem& smem, int slot) {
-    if ((threadIdx.x & 31) < CLUSTER) arrive_at(smem.free[slot], threadIdx.x & 31);
+template <bool forward> KITTENS_DEVICE void give_back(gemm_smem<forward>& smem, int slot) {
+    if (CLUSTER == 1) {
+        if (elected_lane()) arrive(smem.free[slot]);
+    } else if ((threadIdx.x & 31) < CLUSTER) { // every block of the cluster writes into this slot
+        arrive_at(smem.free[slot], threadIdx.x & 31);
+    }
 }
 
-template <bool tanh> KITTENS_DEVICE void compute(gemm_smem& smem, const gemm_args& args, int w) {
+template <bool forward> KITTENS_DEVICE void multiply(gemm_smem<forward>& smem, const gemm_args& args, int w) {
     const int warp = same_in_warp(threadIdx.x / 32);
-    st_bf<16, TILE_COLS>& done = smem.done[warp];
-    finisher<tanh> last(args, done);
     accumulator d;
     ring<STAGES> at;
+    uint32_t done_parity = 1;
 #pragma unroll 1
     for (int number = blockIdx.x / CLUSTER; number < args.tiles; number += gridDim.x / CLUSTER) {
-        const tile t = find_tile(args, number);
 #pragma unroll 1
         for (int k = 0; k < args.steps; k++, at.advance()) {
             wait(smem.arrived[at.slot], at.parity);
             wgmma::fence();
-            warpgroup::mma_ABt(d, operand(smem.x[at.slot].row_window<64>(64 * w)), operand(smem.w[at.slot]), k != 0);
+            const auto a = operand(smem.a[at.slot].template row_window<64>(64 * w));
+            if constexpr (forward)
+                warpgroup::mma_ABt(d, a, operand(smem.b[at.slot]), k != 0);
+            else
+                warpgroup::mma_AB(d, a, operand(smem.b[at.slot]), k != 0);
             wgmma::commit();
-#pragma unroll 1
-            for (int n = 0; n < args.units_a_step && last.unit < UNITS; n++) last.finish_unit();
             wgmma::wait<1>();
             if (k > 0) give_back(smem, at.previous().slot);
         }
         wgmma::wait<0>();
         warpgroup::pin(d);
         give_back(smem, at.previous().slot);
-        last.begin(t.row + 16 * warp, t.col);
-        if (args.bias) add_bias(d, args, t.col);
-        __syncwarp(); // all lanes have read what was there
+        if (forward && args.bias) add_bias(d, args, find_tile(args, number).col);
+        wait(smem.done_free[warp], done_parity);
+        done_parity ^= 1;
         rt_bf<TILE_COLS> rounded;
         warp::copy(rounded, d);
-        warp::store(done, 0, rounded);
+        warp::store(smem.done[warp], 0, rounded);
         __syncwarp();
+        if (elected_lane()) arrive(smem.done_full[warp]);
     }
-#pragma unroll 1
-    while (last.unit < UNITS) last.finish_unit();
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
 
-template <bool tanh>
-__global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) __cluster_dims__(CLUSTER, 1, 1)
+template <bool forward, bool tanh, bool act_too>
+__global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
     linear_gelu(const __grid_constant__ gemm_args args) {
     extern __shared__ __align__(1024) unsigned char raw[];
-    gemm_smem& smem = *reinterpret_cast<gemm_smem*>(raw);
+    gemm_smem<forward>& smem = *reinterpret_cast<gemm_smem<forward>*>(raw);
     const int w = warpgroup_id();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             init(smem.arrived[i], 1);
             init(smem.free[i], 4 * WARPGROUPS * CLUSTER); // one arrival a warp
         }
+        for (int i = 0; i < STRIPS; i++) {
+            init(smem.done_full[i], 1);
+            init(smem.done_free[i], UNITS);
+        }
         fence_init();
     }
-    sync_cluster();
-    if (w == WARPGROUPS) {
-        decrease_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == WARPGROUPS * 128) load_tiles(smem, args);
+    if (CLUSTER > 1) sync_cluster();
+    __syncthreads();
+    if (w < WARPGROUPS) {
+        increase_registers<MULTIPLIER_REGISTERS>();
+        multiply<forward>(smem, args, w);
     } else {
-        increase_registers<REGISTERS>();
-        compute<tanh>(smem, args, w);
+        decrease_registers<OTHER_REGISTERS>();
+        const int other = same_in_warp(threadIdx.x / 32) - STRIPS;
+        if (other < FINISHERS)
+            finish_tiles<forward, tanh, act_too>(smem, args, other);
+        else if (elected_lane())
+            load_tiles<forward>(smem, args);
     }
-    __syncwarp();
-    sync_cluster(); // the other block may still write here
+    if (CLUSTER > 1) { // the other block may still write here
+        __syncwarp();
+        sync_cluster();
+    }
 }
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-template <bool tanh> const char* launch(gemm_args& args, cudaStream_t stream) {
+template <bool forward, bool tanh, bool act_too>
+const char* launch(gemm_args& args, int M, int K, cudaStream_t stream) {
+    const auto kernel = linear_gelu<forward, tanh, act_too>;
     static int multiprocessors[64] = {}; // by device; set once the kernel may use its shared memory there
     int device;
     if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return cudaGetErrorString(e);
     if (multiprocessors[device] == 0) {
-        cudaError_t e = cudaFuncSetAttribute(linear_gelu<tanh>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             sizeof(gemm_smem));
+        cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             sizeof(gemm_smem<forward>));
         int count = 0;
         if (e == cudaSuccess) e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
         if (e != cudaSuccess) return cudaGetErrorString(e);
         multiprocessors[device] = count;
     }
+    const auto over = [](int n, int by) { return (n + by - 1) / by; };
+    args.M = M;
+    args.steps = over(K, STEP);
+    args.col_tiles = over(args.N, TILE_COLS);
+    args.tiles = over(M, TILE_ROWS * CLUSTER) * args.col_tiles;
     const int clusters = std::min(multiprocessors[device] / CLUSTER, args.tiles);
-    linear_gelu<tanh><<<clusters * CLUSTER, (WARPGROUPS + 1) * 128, sizeof(gemm_smem), stream>>>(args);
+    kernel<<<clusters * CLUSTER, THREADS, sizeof(gemm_smem<forward>), stream>>>(args);
     const cudaError_t e = cudaGetLastError();
     return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
@@ -222,22 +299,33 @@ bool map_matrix(CUtensorMap& map, const void* data, int64_t rows, int64_t cols, 
 
 } // namespace gemm
 
-extern "C" const char* launch_linear_gelu(const gemm::linear_gelu_problem* problem, void* stream) {
+extern "C" const char* launch_linear_gelu_fwd(const gemm::fwd_problem* problem, void* stream) {
     using namespace gemm;
-    const linear_gelu_problem& x = *problem;
-    const auto over = [](int n, int by) { return (n + by - 1) / by; };
+    const fwd_problem& x = *problem;
     gemm_args args{};
-    if (!map_matrix(args.x, x.x, x.M, x.K, TILE_ROWS)) return "no tensor map for x";
-    if (!map_matrix(args.w, x.w, x.N, x.K, TILE_COLS / CLUSTER)) return "no tensor map for w";
+    if (!map_matrix(args.a, x.x, x.M, x.K, TILE_ROWS)) return "no tensor map for x";
+    if (!map_matrix(args.b, x.w, x.N, x.K, TILE_COLS / CLUSTER)) return "no tensor map for w";
     args.bias = static_cast<const bf16*>(x.bias);
-    args.pre = static_cast<uint4*>(x.pre);
+    args.out = static_cast<uint4*>(x.pre);
     args.act = static_cast<uint4*>(x.act);
-    args.M = x.M;
     args.N = x.N;
-    args.steps = over(x.K, STEP);
-    args.units_a_step = over(UNITS, args.steps);
-    args.col_tiles = over(x.N, TILE_COLS);
-    args.tiles = over(x.M, TILE_ROWS * CLUSTER) * args.col_tiles;
-    return x.tanh ? launch<true>(args, static_cast<cudaStream_t>(stream))
-                  : launch<false>(args, static_cast<cudaStream_t>(stream));
+    const auto s = static_cast<cudaStream_t>(stream);
+    return x.tanh ? launch<true, true, true>(args, x.M, x.K, s) : launch<true, false, true>(args, x.M, x.K, s);
+}
+
+extern "C" const char* launch_linear_gelu_bwd(const gemm::bwd_problem* problem, void* stream) {
+    using namespace gemm;
+    const bwd_problem& x = *problem;
+    gemm_args args{};
+    if (!map_matrix(args.a, x.dy, x.M, x.K, TILE_ROWS)) return "no tensor map for dy";
+    if (!map_matrix(args.b, x.w, x.K, x.N, STEP / CLUSTER)) return "no tensor map for w";
+    if (!map_matrix(args.pre, x.pre, x.M, x.N, TILE_ROWS)) return "no tensor map for pre";
+    args.pre_in = static_cast<const uint4*>(x.pre);
+    args.out = static_cast<uint4*>(x.dpre);
+    args.act = static_cast<uint4*>(x.act);
+    args.N = x.N;
+    const auto s = static_cast<cudaStream_t>(stream);
+    if (x.act != nullptr)
+        return x.tanh ? launch<false, true, true>(args, x.M, x.K, s) : launch<false, false, true>(args, x.M, x.K, s);
+    return x.tanh ? launch<false, true, false>(args, x.M, x.K, s) : launch<false, false, false>(args, x.M, x.K, s);
 }

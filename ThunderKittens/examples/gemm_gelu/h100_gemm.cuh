@@ -5,12 +5,17 @@
 
 namespace gemm {
 
-// pre = x w^T + bias, act = gelu(pre). All bf16, row by row without gaps, bases at multiples of 16 bytes, N and K
-// multiples of 8.
-struct linear_gelu_problem {
+// All matrices bf16, row by row without gaps, bases at multiples of 16 bytes, N and K multiples of 8.
+struct fwd_problem { // pre = x w^T + bias, act = gelu(pre)
     const void *x, *w; // (M, K), (N, K)
     const void* bias;  // (N), or null
     void *pre, *act;   // (M, N)
+    int M, N, K;
+    bool tanh;
+};
+struct bwd_problem { // dpre = (dy w) gelu'(pre), act = gelu(pre)
+    const void *dy, *w, *pre; // (M, K), (K, N), (M, N)
+    void *dpre, *act;         // (M, N); act may be null
     int M, N, K;
     bool tanh;
 };
@@ -18,4 +23,5 @@ struct linear_gelu_problem {
 } // namespace gemm
 
 // queued on `stream`; nullptr, or what went wrong. No synchronisation, no allocation.
-extern "C" const char* launch_linear_gelu(const gemm::linear_gelu_problem* problem, void* stream);
+extern "C" const char* launch_linear_gelu_fwd(const gemm::fwd_problem* problem, void* stream);
+extern "C" const char* launch_linear_gelu_bwd(const gemm::bwd_problem* problem, void* stream);

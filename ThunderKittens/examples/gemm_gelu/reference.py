@@ -1,5 +1,6 @@
-"""A linear layer with GELU behind it as it is defined. Tests and benchmarks hold the kernel to this, in float64; in
-bfloat16 it is what torch computes without it."""
+"""A linear layer with GELU behind it, and its backward, as they are defined. Tests and benchmarks hold the kernels to
+this, in float64; in bfloat16 it is what torch computes without them."""
+import torch
 import torch.nn.functional as F
 
 
@@ -12,3 +13,8 @@ def plain_linear_gelu(x, w, bias=None, tanh=False):
     """pre = x w^T + bias and gelu(pre): x (M, K), w (N, K), bias (N)."""
     pre = F.linear(x, w, bias) # (M, N)
     return pre, F.gelu(pre, approximate=form(tanh))
+
+
+def plain_linear_gelu_backward(dy, w2, pre, tanh=False):
+    """The gradient of pre, where y = gelu(pre) w2^T and dy is y's: dy (M, C), w2 (C, N), pre (M, N)."""
+    return torch.ops.aten.gelu_backward(dy @ w2, pre, approximate=form(tanh)) # (M, N)

@@ -34,6 +34,12 @@ KITTENS_DEVICE float min_nan(float a, float b) {
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;
 }
+// [ld.global.cs.v4] eight bf16 that are read once; volatile
+KITTENS_DEVICE uint4 load_once(const uint4* p) {
+    uint4 x;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
 // two floats rounded to nearest bf16, `low` in the lower half
 KITTENS_DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t y;
