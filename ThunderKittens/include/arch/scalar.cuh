@@ -22,6 +22,24 @@ KITTENS_DEVICE float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// 1 / x on the special function unit, error below 1 ulp; 0 for an infinite x
+KITTENS_DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// the smaller of two; NaN if one of them is
+KITTENS_DEVICE float min_nan(float a, float b) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+// [ld.global.cs.v4] eight bf16 that are read once; volatile
+KITTENS_DEVICE uint4 load_once(const uint4* p) {
+    uint4 x;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
 // two floats rounded to nearest bf16, `low` in the lower half
 KITTENS_DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t y;
