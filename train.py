@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import (Checkpoints, RunLog, StopSignal, explain_error, fresh_store, leave_group,
+from data.run import (Checkpoints, RunLog, StopSignal, explain_error, fresh_store, known_heads, leave_group,
                       newest_checkpoint)
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
@@ -134,8 +134,7 @@ elif int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and list(Path(out_
     found = newest_checkpoint(out_dir, say)
     if found.get('run_id') == run_id: # torchrun started this run again: it goes on, whatever it began from
         init_from, checkpoint = 'resume', found
-if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
-    config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
+config.update(known_heads(init_from, checkpoint))
 choose(config)
 device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'fast', 'compile', 'TK_kernel'))
 if residual != 'float32' and not fast:

@@ -16,6 +16,7 @@ ours stands beside these keys, and nanoGPT does not look at it. A file is writte
 when it is read, and read without running anything that it holds.
 """
 import csv
+import json
 import os
 import pickle
 import platform
@@ -240,8 +241,7 @@ def load_model(config):
     """
     init_from = config['init_from']
     checkpoint = read_checkpoint(Path(config['out_dir'], 'ckpt.pt')) if init_from == 'resume' else {}
-    if isinstance(checkpoint.get('model_args'), dict): # the choice of kernel looks at the heads
-        config.update({k: v for k, v in checkpoint['model_args'].items() if k in ('n_head', 'n_embd')})
+    config.update(known_heads(init_from, checkpoint))
     choose(config, for_training=False)
     ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
     try:
@@ -253,6 +253,18 @@ def load_model(config):
     if meta is None and checkpoint: # a checkpoint of nanoGPT's own: the data set it names says how to read it
         meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
     return model.eval(), meta or {}
+
+
+def known_heads(init_from, checkpoint):
+    """n_head and n_embd of a checkpoint or a folder in transformers' format, in a dict: choose() looks at them."""
+    known = checkpoint.get('model_args')
+    if Path(init_from).is_dir():
+        try:
+            known = json.loads(Path(init_from, 'config.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError): # whoever loads the model says what is wrong
+            pass
+    known = known if isinstance(known, dict) else {}
+    return {name: known[name] for name in ('n_head', 'n_embd') if type(known.get(name)) is int and known[name] > 0}
 
 
 def _load(path):

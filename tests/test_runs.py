@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
-from data.run import Checkpoints, RunLog, explain_error, newest_checkpoint, read_checkpoint
+from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint, read_checkpoint
 
 LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
         '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
@@ -404,3 +404,14 @@ def wait_for_step(step, timeout=90):
             return
         time.sleep(0.05)
     raise AssertionError(f"no checkpoint of step {step} after {timeout} s")
+
+
+def test_the_heads_of_a_model_are_known_before_it_is_loaded(tmp_path):
+    args = {'n_head': 3, 'n_embd': 36, 'n_layer': 2}
+    assert known_heads('resume', {'model_args': args}) == {'n_head': 3, 'n_embd': 36}
+    assert known_heads('scratch', {}) == known_heads('resume', {'model_args': 7}) == known_heads('gpt2', {}) == {}
+    assert known_heads(str(tmp_path), {}) == {}
+    for text, heads in (('{"n_head": 25, "n_embd": 1600}', {'n_head': 25, 'n_embd': 1600}), ('{"n_head": 0}', {}),
+                        ('{"n_head": "2"}', {}), ('[1]', {}), ('{', {}), ('\xff', {})):
+        (tmp_path / 'config.json').write_text(text, encoding='latin-1')
+        assert known_heads(str(tmp_path), {}) == heads
