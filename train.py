@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import (Checkpoints, RunLog, StopSignal, explain_error, fresh_store, known_heads, leave_group,
-                      newest_checkpoint)
+from data.run import (Checkpoints, RunLog, StopSignal, begun_before, explain_error, fresh_store, known_heads, launcher,
+                      leave_group, newest_checkpoint)
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import TrainStep
@@ -127,10 +127,11 @@ def check_settings():
 check_settings()
 sys.excepthook = explain_error
 run_id = os.environ.get('TORCHELASTIC_RUN_ID', '')
+store = fresh_store(rank, world_size) if ddp else None
 checkpoint = {}
 if init_from == 'resume':
     checkpoint = newest_checkpoint(out_dir, say)
-elif int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and list(Path(out_dir).glob('last-*.pt')):
+elif ddp and begun_before(out_dir, run_id, store, rank, world_size):
     found = newest_checkpoint(out_dir, say)
     if found.get('run_id') == run_id: # torchrun started this run again: it goes on, whatever it began from
         init_from, checkpoint = 'resume', found
@@ -147,7 +148,6 @@ if ddp:
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     if backend == 'nccl' and device_type != 'cuda':
         sys.exit(f"--backend=nccl needs CUDA devices, not {device}; gloo runs anywhere")
-    store = fresh_store(rank, world_size)
     dist.init_process_group(backend=backend, store=store, rank=rank, world_size=world_size)
     control = dist.new_group(backend='gloo') # small words between the processes, beside the gradients
 if master:
@@ -314,7 +314,7 @@ def get_lr(it):
 
 def rank_state():
     """What this process needs to go on exactly here: its random numbers and the batch that waits."""
-    state = {'cpu_rng': torch.get_rng_state(), 'next_places': next_places}
+    state = {'cpu_rng': torch.get_rng_state(), 'next_places': next_places, 'launcher': launcher()}
     if device_type == 'cuda':
         state['cuda_rng'] = torch.cuda.get_rng_state(device)
     return state

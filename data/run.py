@@ -455,6 +455,34 @@ def fresh_store(rank, world_size):
     return dist.PrefixStore(attempt, store)
 
 
+def launcher():
+    """A name for the process that started this one: torchrun's agent, which stays the same over all its restarts."""
+    parent = os.getppid()
+    try: # where there is /proc, its start too: in a container every launch may have the same number
+        began = Path(f'/proc/{parent}/stat').read_text().rpartition(')')[2].split()[19]
+    except OSError:
+        began = ''
+    return f'{platform.node()} {parent} {began}'
+
+
+def begun_before(out_dir, run_id, store, rank, world_size):
+    """
+    Whether a last-*.pt in out_dir is of this very launch of torchrun: it was saved while the agent of one of the
+    processes, which all call this, was there. The count of restarts does not tell: it stays 0 when a node joins.
+    """
+    mine = False
+    for path in sorted(Path(out_dir).glob('last-*.pt'), reverse=True):
+        try:
+            saved = _load(path)
+        except (FileNotFoundError, ValueError): # whoever goes on from it says so
+            continue
+        ranks = saved.get('ranks') if isinstance(saved.get('ranks'), list) else []
+        ours = any(isinstance(state, dict) and state.get('launcher') == launcher() for state in ranks)
+        mine = mine or bool(run_id) and saved.get('run_id') == run_id and ours
+    store.set(f'begun/{rank}', str(mine))
+    return any([store.get(f'begun/{other}') == b'True' for other in range(world_size)])
+
+
 def leave_group(status):
     """
     End this process of a group, at once: a thread of the group's that asked for the interpreter while it shuts down

@@ -102,7 +102,7 @@ class NanGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (scaled(1.03), 'gradient of '), (scaled(0.97), 'gradient of '), (scaled(float('nan')), 'loss: off by nan'),
+    (scaled(1.03), 'gradient of '), (scaled(0.97), 'gradient of '), (scaled(float('nan')), 'output: off by nan'),
     (unmasked, 'off by'), (without_gradient, 'gradient of '),
     (without_gradient_of_keys, 'gradient of transformer.h.0.attn.c_attn.weight, keys: off by 1.0000'),
     (lambda qkv, n_head, dropout: NanGradient.apply(sdpa_attention_qkv(qkv, n_head, dropout)), 'off by nan'),
@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
     names = run_here('bench.py', *SMALL).names
     x, y = names['batches'][0]
     found = names['outcome'](names['make_model'](False), x, y)
-    assert {name.split(',')[0] for name in found} == {'loss', *[
+    assert {name.split(',')[0] for name in found} == {'output', 'loss', *[
         f'gradient of {name}' for name, p in names['model'].named_parameters()]}
     names['outcome'].__globals__['outcome'] = lambda model, x, y, by_hand=False, context=None: (
         {k: v for k, v in found.items() if k != 'loss' or not model.config.TK_kernel})

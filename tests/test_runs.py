@@ -8,23 +8,26 @@ import subprocess
 import time
 import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
-from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint, read_checkpoint
+from data.run import (Checkpoints, RunLog, begun_before, explain_error, known_heads, launcher, newest_checkpoint,
+                      read_checkpoint)
 
 LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
         '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
 
 
-def torchrun(*flags, processes=2, options=('--standalone',), prefix=(), **keywords):
+def torchrun(*flags, processes=2, options=('--standalone',), prefix=(), quiet=False, **keywords):
     """A run under torchrun, in a process group of its own; the prefix may put it onto another host."""
     command = [*prefix, PYTHON, '-m', 'torch.distributed.run', *options, f'--nproc_per_node={processes}',
                str(ROOT / 'train.py'), *LONG, *flags]
-    return subprocess.Popen(command, start_new_session=True, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **keywords)
+    return subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.STDOUT,
+                            stdout=subprocess.DEVNULL if quiet else subprocess.PIPE, # a pipe that nobody reads fills up
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **keywords)
 
 
 def children(pid):
@@ -42,7 +45,8 @@ def kill(run):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     run.wait()
-    run.stdout.close()
+    if run.stdout:
+        run.stdout.close()
 
 
 def read_until(run, words, timeout=60):
@@ -395,6 +399,30 @@ def test_a_run_on_two_hosts_outlives_a_cut_link_and_a_killed_node(unbroken, two_
                 kill(n)
 
 
+def test_a_node_that_joins_makes_all_go_on_where_they_are(tiny):
+    """torchrun counts no restart then, so nothing in the environment says that the run is not a new one."""
+    options = ['--nnodes=1:2', '--max-restarts=5', '--rdzv_backend=c10d', '--rdzv_id=grows',
+               f'--rdzv_endpoint=localhost:{random.randrange(20_000, 30_000)}']
+    flags = ['--out_dir=shared', '--dropout=0', '--max_iters=1000000', '--save_interval=100', '--eval_interval=1000000']
+    nodes, machines = [], Path('shared', 'machine.txt') # a line for every start of a run, in a new one the first
+    try:
+        for _ in range(2):
+            nodes.append(torchrun(*flags, processes=1, options=options, quiet=True,
+                                  prefix=['env', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1']))
+            wait_for_step(100)
+        alone, end = machines.read_text(), time.monotonic() + 90
+        while machines.read_text() == alone and time.monotonic() < end:
+            time.sleep(0.05)
+        first, second = machines.read_text().splitlines()
+        went_on_from = int(second.removeprefix('step ').partition(':')[0])
+        assert first.startswith('step 0: ') and went_on_from >= 100
+        wait_for_step(went_on_from + 100)
+        assert [n.poll() for n in nodes] == [None, None]
+    finally:
+        for n in nodes:
+            kill(n)
+
+
 def wait_for_step(step, timeout=90):
     """Until a checkpoint of this step or a later one is there."""
     end = time.monotonic() + timeout
@@ -415,3 +443,22 @@ def test_the_heads_of_a_model_are_known_before_it_is_loaded(tmp_path):
                         ('{"n_head": "2"}', {}), ('[1]', {}), ('{', {}), ('\xff', {})):
         (tmp_path / 'config.json').write_text(text, encoding='latin-1')
         assert known_heads(str(tmp_path), {}) == heads
+
+
+def test_a_launch_knows_its_own_checkpoints_and_all_processes_heed_the_one_that_does(tmp_path):
+    def begun(*asked):
+        store = torch.distributed.HashStore()
+        for rank in range(1, len(asked)):
+            store.set(f'begun/{rank}', str(asked[rank]))
+        return begun_before(tmp_path, asked[0], store, 0, len(asked))
+    assert not begun('run')
+    ours = {'launcher': launcher()}
+    for run_id, ranks, goes_on in (('run', [ours], True), ('run', [{}, ours], True), ('other', [ours], False),
+                                   ('run', [{'launcher': 'another'}], False), ('run', [], False), ('run', 3, False),
+                                   ('run', [4], False), ('', [ours], False)):
+        torch.save({'run_id': run_id, 'ranks': ranks}, tmp_path / 'last-00000005.pt')
+        assert begun('run') == goes_on, (run_id, ranks)
+    assert begun('run', True), "another process knows it"
+    assert not begun('', False), "not under torchrun"
+    (tmp_path / 'last-00000009.pt').write_bytes(b'damaged')
+    assert not begun('run')

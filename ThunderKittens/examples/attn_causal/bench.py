@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.curves import write_section
+from data.run import commit as this_commit
 from ThunderKittens.examples.attn_causal import causal_attention, causal_attention_qkv, why_unavailable
 from ThunderKittens.examples.attn_causal.reference import plain_attention
 
@@ -247,13 +249,6 @@ def picture(shapes, peers, path):
     figure.savefig(path, dpi=110)
 
 
-def write_between_markers(path, text, name='bench'):
-    before, begin, rest = path.read_text(encoding='utf-8').partition(f'<!-- {name} begin -->\n')
-    _, end, after = rest.partition(f'<!-- {name} end -->')
-    assert begin and end, f"{path} has no markers"
-    path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding='utf-8')
-
-
 def said(*command):
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
@@ -264,11 +259,10 @@ def said(*command):
 
 def measured_on(commit):
     """Card, versions and commit, in one line."""
-    commit = commit or said('git', 'rev-parse', '--short', 'HEAD') or 'unknown'
     driver, clocks = (said('nvidia-smi', f'--query-gpu={what}', '--format=csv,noheader')
                       for what in ('driver_version', 'clocks.sm,clocks.mem'))
     return (f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}, "
-            f"cuDNN {torch.backends.cudnn.version()}, commit {commit}, clocks {clocks} at the end.")
+            f"cuDNN {torch.backends.cudnn.version()}, commit {commit or this_commit()}, clocks {clocks} at the end.")
 
 
 def main():
@@ -302,7 +296,7 @@ def main():
     if not options.quick:
         picture(shapes, list(peers), out / 'attn_causal.png')
     if options.readme:
-        write_between_markers(HERE / 'README.md', text)
+        write_section(HERE / 'README.md', 'bench', text)
     best = [math.inf if len(peers) == 1 else
             statistics.mean(t[OURS]['flushed_us']) / min(statistics.mean(t[n]['flushed_us']) for n in t if n != OURS)
             for t in shapes.values()]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ThunderKittens.examples.attn_causal as attn
+from data.curves import write_section
 from ThunderKittens.examples.attn_causal import bench
 from ThunderKittens.examples.attn_causal.reference import plain_attention
 
@@ -163,7 +164,7 @@ def main():
     text = table(results, training, list(peers), where)
     print(text)
     if options.readme:
-        bench.write_between_markers(bench.HERE / 'README.md', text, 'backward')
+        write_section(bench.HERE / 'README.md', 'backward', text)
     result = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in results.items()},
               'training_ms': training}
     (Path(options.out) / 'attn_causal_backward.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
