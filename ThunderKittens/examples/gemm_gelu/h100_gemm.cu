@@ -7,8 +7,8 @@
 // pipeline   one producer thread keeps four steps in flight by TMA; each block of a cluster loads half of w's tile into
 //            both. Two warpgroups multiply, round a finished tile to bf16 into shared memory and go on with the next;
 //            seven other warps finish it meanwhile
-// epilogue   a unit of 8 rows and 64 columns: 16 bytes a lane from shared memory (and of pre, in L2 by then), gelu.cuh,
-//            whole lines out
+// epilogue   a unit of 16 rows and 64 columns: 64 bytes a lane from shared memory (and of pre, loaded a unit ahead),
+//            gelu.cuh, whole lines out
 // limits     sm_90a; N and K multiples of 8, M any; bases multiples of 16 bytes
 #include "h100_gemm.cuh"
 
@@ -22,11 +22,13 @@ namespace gemm {
 using namespace kittens;
 
 struct gemm_args {
-    CUtensorMap a, b, pre; // pre: backward only
-    const bf16* bias;      // forward: or null
-    const uint4* pre_in;   // backward; 8 elements each
-    uint4 *out, *act;      // out: pre forward, dpre backward
-    int M, N, steps, col_tiles, tiles; // tiles: of a cluster, CLUSTER x TILE_ROWS rows high
+    CUtensorMap a, b;
+    const bf16* bias; // forward: or null
+    const char* pre;  // backward
+    char *out, *act;  // out: pre forward, dpre backward
+    int M, N, steps, col_tiles, bands;
+    int band_step, col_step; // from one tile of a block to its next
+    uint32_t row_bytes;      // of N elements
 };
 
 template <bool forward> struct b_tile; // w's tile as it lies in memory
@@ -42,13 +44,23 @@ template <bool forward> struct gemm_smem {
 };
 static_assert(sizeof(gemm_smem<true>) <= SMEM_LIMIT && sizeof(gemm_smem<false>) <= SMEM_LIMIT, "fewer stages");
 
-struct tile {
-    int row, col;
+// The tiles that a block works on, one after the other, from left to right and then down.
+struct tile_walk {
+    int band, col; // of tiles; a band is a cluster's rows
+    KITTENS_DEVICE explicit tile_walk(const gemm_args& args) {
+        const int number = blockIdx.x / CLUSTER;
+        band = number / args.col_tiles;
+        col = number - band * args.col_tiles;
+    }
+    KITTENS_DEVICE bool more(const gemm_args& args) const { return band < args.bands; }
+    KITTENS_DEVICE void advance(const gemm_args& args) {
+        band += args.band_step;
+        col += args.col_step;
+        if (col >= args.col_tiles) { col -= args.col_tiles; band++; }
+    }
+    KITTENS_DEVICE int first_row() const { return (band * CLUSTER + rank_in_cluster()) * TILE_ROWS; }
+    KITTENS_DEVICE int first_col() const { return col * TILE_COLS; }
 };
-KITTENS_DEVICE tile find_tile(const gemm_args& args, int number) {
-    const int band = number / args.col_tiles;
-    return {(band * CLUSTER + rank_in_cluster()) * TILE_ROWS, (number - band * args.col_tiles) * TILE_COLS};
-}
 
 // ---- producer ----------------------------------------------------------------------------------------------------
 
@@ -59,27 +71,25 @@ template <bool forward> KITTENS_DEVICE void load_tiles(gemm_smem<forward>& smem,
     const int share_row = rank_in_cluster() * share;
     ring<STAGES> at;
 #pragma unroll 1
-    for (int number = blockIdx.x / CLUSTER; number < args.tiles; number += gridDim.x / CLUSTER) {
-        const tile t = find_tile(args, number);
-        if (!forward) // needed when the tile is multiplied
-            for (int c = 0; c < TILE_COLS; c += 64) tma::prefetch_box(args.pre, t.col + c, t.row, 0, 0);
+    for (tile_walk t(args); t.more(args); t.advance(args)) {
+        const int row = t.first_row(), col = t.first_col();
 #pragma unroll 1
         for (int k = 0; k < args.steps; k++, at.advance()) {
             wait(smem.free[at.slot], at.parity ^ 1);
             semaphore& arrived = smem.arrived[at.slot];
             expect(arrived, bytes);
-            tma::load(smem.a[at.slot].address(), args.a, arrived, k * STEP, t.row, 0, 0);
+            tma::load(smem.a[at.slot].address(), args.a, arrived, k * STEP, row, 0, 0);
             const uint32_t b = smem.b[at.slot].address() + share_row * 128;
-            const auto load_share = [&](uint32_t dst, int col, int row) KITTENS_INLINE {
+            const auto load_share = [&](uint32_t dst, int c0, int c1) KITTENS_INLINE {
                 if (CLUSTER == 1)
-                    tma::load(dst, args.b, arrived, col, row, 0, 0, tma::KEEP);
+                    tma::load(dst, args.b, arrived, c0, c1, 0, 0, tma::KEEP);
                 else
-                    tma::load_multicast(dst, args.b, arrived, col, row, 0, 0, (1 << CLUSTER) - 1, tma::KEEP);
+                    tma::load_multicast(dst, args.b, arrived, c0, c1, 0, 0, (1 << CLUSTER) - 1, tma::KEEP);
             };
             if (forward)
-                load_share(b, k * STEP, t.col + share_row);
+                load_share(b, k * STEP, col + share_row);
             else
-                for (int c = 0; c < TILE_COLS; c += 64) load_share(b + c * STEP * 2, t.col + c, k * STEP + share_row);
+                for (int c = 0; c < TILE_COLS; c += 64) load_share(b + c * STEP * 2, col + c, k * STEP + share_row);
         }
     }
 }
@@ -94,71 +104,79 @@ KITTENS_DEVICE uint4 pack(const float (&x)[8]) {
     return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }
 
-// The units of all of a block's tiles are numbered: within a tile strip by strip first. Finisher f takes each
-// FINISHERS-th, from f on.
-struct position {
-    int id, row, col; // of this lane's first piece of 8 elements, the second is 4 rows on; row -1: no more tiles
-    KITTENS_DEVICE int strip() const { return id % STRIPS; }
-    KITTENS_DEVICE int unit() const { return id / STRIPS % UNITS; }
-    KITTENS_DEVICE int tile() const { return id / (STRIPS * UNITS); }
-    KITTENS_DEVICE int strip_row() const { return unit() % (16 / UNIT_ROWS) * UNIT_ROWS + (threadIdx.x & 31) / 8; }
-    KITTENS_DEVICE int tile_col() const { return unit() / (16 / UNIT_ROWS) * UNIT_COLS + (threadIdx.x & 7) * 8; }
-    KITTENS_DEVICE void find(const gemm_args& args) {
-        const int number = (tile() * gridDim.x + blockIdx.x) / CLUSTER;
-        const gemm::tile t = find_tile(args, number);
-        row = number < args.tiles ? t.row + 16 * strip() + strip_row() : -1;
-        col = t.col + tile_col();
+// The units that a finisher takes: each FINISHERS-th of a tile's, first those at the left of every strip.
+struct unit_walk {
+    tile_walk tile;
+    unsigned number; // of the unit in its tile
+    uint32_t parity = 0;
+    KITTENS_DEVICE unit_walk(const gemm_args& args, int first) : tile(args), number(first) {}
+    KITTENS_DEVICE void advance(const gemm_args& args) {
+        number += FINISHERS;
+        if (number < STRIPS * UNITS) return;
+        number -= STRIPS * UNITS;
+        tile.advance(args);
+        parity ^= 1;
     }
-    KITTENS_DEVICE bool inside(const gemm_args& args, int piece) const {
-        return row >= 0 && row + 4 * piece < args.M && col < args.N;
+    KITTENS_DEVICE int strip() const { return number % STRIPS; }
+    KITTENS_DEVICE int panel() const { return number / STRIPS; }
+};
+
+// A lane's pieces of a unit, 8 elements each and 4 rows apart.
+constexpr int PIECES = 4;
+struct lane_pieces {
+    uint64_t first; // bytes from the beginning of a matrix to the first
+    int rows;       // from the first on, in the matrix
+    KITTENS_DEVICE lane_pieces(const gemm_args& args, const unit_walk& at) {
+        const int lane = threadIdx.x & 31;
+        const unsigned row = at.tile.first_row() + 16 * at.strip() + lane / 8;
+        const unsigned col = at.tile.first_col() + 64 * at.panel() + lane % 8 * 8;
+        first = static_cast<uint64_t>(row) * args.row_bytes + 2 * col;
+        rows = 2 * col < args.row_bytes && at.tile.more(args) ? args.M - static_cast<int>(row) : 0;
     }
-    // place of a piece in a matrix of them
-    KITTENS_DEVICE int64_t place(const gemm_args& args, int piece) const {
-        return (static_cast<int64_t>(row + 4 * piece) * args.N + col) >> 3;
+    KITTENS_DEVICE bool inside(int i) const { return 4 * i < rows; }
+    // one addition a piece: left alone, the compiler takes three and has the pieces' distances once for all matrices
+    template <class T> KITTENS_DEVICE T* in(T* matrix, const gemm_args& args, int i) const {
+        return opaque(matrix + first) + static_cast<uint64_t>(args.row_bytes) * (4 * i);
     }
 };
 
 // One warp.
 template <bool forward, bool tanh, bool act_too>
 KITTENS_DEVICE void finish_tiles(gemm_smem<forward>& smem, const gemm_args& args, int finisher) {
-    position at{finisher}, next{finisher};
-    uint4 pre[2] = {}, next_pre[2] = {}; // backward: of this unit and the next one
-    const auto load_next_pre = [&]() KITTENS_INLINE {
-        next.find(args);
-        if constexpr (!forward)
-#pragma unroll
-            for (int i = 0; i < 2; i++) // without a branch; what is not inside is not written either
-                next_pre[i] = load_once(args.pre_in + (next.inside(args, i) ? next.place(args, i) : 0));
+    const int lane = threadIdx.x & 31;
+    unit_walk next(args, finisher);
+    lane_pieces mine(args, next), later = mine; // of this unit and the next one
+    uint4 pre[PIECES] = {};                     // backward
+    const auto load_pre = [&](int i) KITTENS_INLINE {
+        if constexpr (!forward) load_once_if(later.inside(i), pre[i], later.in(args.pre, args, i));
     };
-    load_next_pre();
-#pragma unroll 1
-    while (next.row >= 0) {
-        at = next;
-        const int strip = at.strip();
-        wait(smem.done_full[strip], at.tile() & 1);
-        uint4 x[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            x[i] = load_piece(smem.done[strip].address(at.strip_row() + 4 * i, at.tile_col() / 8));
-            pre[i] = next_pre[i];
-        }
+    for (int i = 0; i < PIECES; i++) load_pre(i);
+#pragma unroll 1
+    while (next.tile.more(args)) {
+        const int strip = next.strip();
+        wait(smem.done_full[strip], next.parity);
+        const auto& done = smem.done[0];
+        const uint32_t unit = strip * done.bytes + next.panel() * done.panel_bytes;
+        uint4 x[PIECES];
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) x[i] = load_piece(done.address(lane / 8 + 4 * i, lane % 8) + unit);
         __syncwarp();
         if (elected_lane()) arrive(smem.done_free[strip]);
-        next.id += FINISHERS;
-        load_next_pre();
+        next.advance(args);
+        mine = later;
+        later = lane_pieces(args, next);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float y[8], a[8];
+        for (int i = 0; i < PIECES; i++) {
+            float y[8], act[8];
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                if constexpr (forward)
-                    a[e] = gelu<tanh>(element(x[i], e));
-                else
-                    y[e] = element(x[i], e) * gelu_slope<tanh>(element(pre[i], e), a[e]);
+                if (forward || act_too) act[e] = gelu<tanh>(element(forward ? x[i] : pre[i], e));
+                if (!forward) y[e] = element(x[i], e) * gelu_slope<tanh>(element(pre[i], e));
             }
-            if (!at.inside(args, i)) continue;
-            __stcs(args.out + at.place(args, i), forward ? x[i] : pack(y));
-            if (forward || act_too) __stcs(args.act + at.place(args, i), pack(a));
+            load_pre(i); // a unit before it is needed, into registers that are free
+            store_once_if(mine.inside(i), mine.in(args.out, args, i), forward ? x[i] : pack(y));
+            if (forward || act_too) store_once_if(mine.inside(i), mine.in(args.act, args, i), pack(act));
         }
     }
 }
@@ -198,7 +216,7 @@ template <bool forward> KITTENS_DEVICE void multiply(gemm_smem<forward>& smem, c
     ring<STAGES> at;
     uint32_t done_parity = 1;
 #pragma unroll 1
-    for (int number = blockIdx.x / CLUSTER; number < args.tiles; number += gridDim.x / CLUSTER) {
+    for (tile_walk t(args); t.more(args); t.advance(args)) {
 #pragma unroll 1
         for (int k = 0; k < args.steps; k++, at.advance()) {
             wait(smem.arrived[at.slot], at.parity);
@@ -215,7 +233,7 @@ template <bool forward> KITTENS_DEVICE void multiply(gemm_smem<forward>& smem, c
         wgmma::wait<0>();
         warpgroup::pin(d);
         give_back(smem, at.previous().slot);
-        if (forward && args.bias) add_bias(d, args, find_tile(args, number).col);
+        if (forward && args.bias) add_bias(d, args, t.first_col());
         wait(smem.done_free[warp], done_parity);
         done_parity ^= 1;
         rt_bf<TILE_COLS> rounded;
@@ -282,10 +300,13 @@ const char* launch(gemm_args& args, int M, int K, cudaStream_t stream) {
     }
     const auto over = [](int n, int by) { return (n + by - 1) / by; };
     args.M = M;
+    args.row_bytes = 2u * args.N;
     args.steps = over(K, STEP);
     args.col_tiles = over(args.N, TILE_COLS);
-    args.tiles = over(M, TILE_ROWS * CLUSTER) * args.col_tiles;
-    const int clusters = std::min(multiprocessors[device] / CLUSTER, args.tiles);
+    args.bands = over(M, TILE_ROWS * CLUSTER);
+    const int clusters = std::min(multiprocessors[device] / CLUSTER, args.bands * args.col_tiles);
+    args.band_step = clusters / args.col_tiles;
+    args.col_step = clusters % args.col_tiles;
     kernel<<<clusters * CLUSTER, THREADS, sizeof(gemm_smem<forward>), stream>>>(args);
     const cudaError_t e = cudaGetLastError();
     return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
@@ -306,8 +327,8 @@ extern "C" const char* launch_linear_gelu_fwd(const gemm::fwd_problem* problem, 
     if (!map_matrix(args.a, x.x, x.M, x.K, TILE_ROWS)) return "no tensor map for x";
     if (!map_matrix(args.b, x.w, x.N, x.K, TILE_COLS / CLUSTER)) return "no tensor map for w";
     args.bias = static_cast<const bf16*>(x.bias);
-    args.out = static_cast<uint4*>(x.pre);
-    args.act = static_cast<uint4*>(x.act);
+    args.out = static_cast<char*>(x.pre);
+    args.act = static_cast<char*>(x.act);
     args.N = x.N;
     const auto s = static_cast<cudaStream_t>(stream);
     return x.tanh ? launch<true, true, true>(args, x.M, x.K, s) : launch<true, false, true>(args, x.M, x.K, s);
@@ -319,10 +340,9 @@ extern "C" const char* launch_linear_gelu_bwd(const gemm::bwd_problem* problem, 
     gemm_args args{};
     if (!map_matrix(args.a, x.dy, x.M, x.K, TILE_ROWS)) return "no tensor map for dy";
     if (!map_matrix(args.b, x.w, x.K, x.N, STEP / CLUSTER)) return "no tensor map for w";
-    if (!map_matrix(args.pre, x.pre, x.M, x.N, TILE_ROWS)) return "no tensor map for pre";
-    args.pre_in = static_cast<const uint4*>(x.pre);
-    args.out = static_cast<uint4*>(x.dpre);
-    args.act = static_cast<uint4*>(x.act);
+    args.pre = static_cast<const char*>(x.pre);
+    args.out = static_cast<char*>(x.dpre);
+    args.act = static_cast<char*>(x.act);
     args.N = x.N;
     const auto s = static_cast<cudaStream_t>(stream);
     if (x.act != nullptr)

@@ -19,9 +19,8 @@ static_assert(THREADS % 128 == 0 && THREADS * 128 <= 65536, "whole warpgroups, 1
 static_assert(WARPGROUPS * 128 * MULTIPLIER_REGISTERS + (THREADS - WARPGROUPS * 128) * OTHER_REGISTERS <= THREADS * 128,
               "what some take others must have given");
 
-// A tile is finished in units: 8 rows and 64 columns of the 16 rows that a warp has multiplied, its strip.
-constexpr int STRIPS = 4 * WARPGROUPS;
-constexpr int UNIT_ROWS = 8, UNIT_COLS = 64;
-constexpr int UNITS = 16 / UNIT_ROWS * (TILE_COLS / UNIT_COLS); // of a strip
+// A tile is finished in units: the 16 rows that a warp has multiplied, its strip, and 64 columns of them, a panel.
+constexpr int STRIPS = 4 * WARPGROUPS, UNITS = TILE_COLS / 64; // UNITS: of a strip
+static_assert(FINISHERS <= STRIPS * UNITS, "a finisher has a unit of every tile");
 
 } // namespace gemm

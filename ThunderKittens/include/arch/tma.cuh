@@ -51,12 +51,6 @@ KITTENS_DEVICE void load_multicast(uint32_t dst, const CUtensorMap& map, semapho
                  "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks), "l"(policy)
                  : "memory");
 }
-// box -> L2, for whoever reads it in the ordinary way later
-KITTENS_DEVICE void prefetch_box(const CUtensorMap& map, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(c0), "r"(c1),
-                 "r"(c2), "r"(c3)
-                 : "memory");
-}
 // shared memory -> box; part of the group that the next commit() closes
 KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
