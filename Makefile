@@ -7,7 +7,7 @@ VENV = .venv
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 RUN_READY := $(if $(VENV),$(VENV)/run-ready)
 DEV_READY := $(if $(VENV),$(VENV)/dev-ready)
-KERNELS = ThunderKittens/examples/attn_causal
+EXAMPLES = ThunderKittens/examples
 # a CUDA device gets nanoGPT's own configuration, a CPU a smaller one
 CONFIG = $(shell $(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_cpu') + '.py')")
 
@@ -23,10 +23,12 @@ test: $(DEV_READY)
 	$(PY) -m pytest -q
 
 kernels: $(RUN_READY)
-	$(PY) $(KERNELS)/h100_fwd_setup.py build
+	$(PY) $(EXAMPLES)/attn_causal/h100_fwd_setup.py build
+	$(PY) $(EXAMPLES)/gemm_gelu/h100_gemm_setup.py build
 
 bench: kernels
 	$(PY) -m ThunderKittens.examples.attn_causal.bench
+	$(PY) -m ThunderKittens.examples.gemm_gelu.bench
 	$(PY) bench.py --plain=True
 	$(PY) bench.py
 

@@ -288,6 +288,26 @@ def test_the_gelu_kernels_are_their_definitions(tanh, cuda):
 
 
 @on_gpu
+@pytest.mark.parametrize('tanh', [False, True])
+@pytest.mark.parametrize('M, C', [(1001, 768), (130, 104)])
+def test_gelu_in_and_beside_its_matmul_is_its_definition(M, C, tanh, cuda, monkeypatch):
+    x, w, b = (torch.randn(shape, device=cuda).bfloat16() / 5 for shape in ((M, C), (4 * C, C), (4 * C,)))
+    dy, back = torch.randn(M, C, device=cuda).bfloat16(), torch.randn(C, 4 * C, device=cuda).bfloat16() / 5
+    wide = [t.double().cpu() for t in (x, w, b, dy, back)]
+    want = kernels.linear_gelu(*wide[:3], tanh)
+    for kernel in (True, False):
+        monkeypatch.setattr(kernels, '_has_gelu_in_matmul', lambda *_, kernel=kernel: kernel)
+        got = kernels.linear_gelu(x, w, b, tanh)
+        for g, e in zip(got, want):
+            near(g, e, 2 * BF16)
+        dwant = kernels.linear_gelu_backward(*wide[3:], got[0].double().cpu(), tanh, True)
+        for again in (True, False):
+            dgot = kernels.linear_gelu_backward(dy, back, got[0], tanh, again)
+            near(dgot[0], dwant[0], 2 * BF16)
+            assert torch.equal(dgot[1], got[1]) if again else dgot[1] is None
+
+
+@on_gpu
 @pytest.mark.parametrize('V, width', [(65, 128), (50257, 50304), (128, 128), (4097, 4160)])
 def test_the_cross_entropy_kernel_is_its_definition(V, width, cuda):
     logits, targets = (3 * torch.randn(301, width, device=cuda)).bfloat16(), torch.randint(V, (301,), device=cuda)

@@ -7,6 +7,7 @@ Builds the kernels of this folder into one Python module, without a GPU and with
 Every .cu goes through nvcc and the front end through g++, in parallel, then one link: static cudart, no libcuda.
 Needs pybind11 and setuptools, and nvcc: the CUDA toolkit's, or pip install 'cuda-toolkit[nvcc,cccl,cudart]==13.0.*'.
 The build fails where ptxas spills a register or serialises wgmma, and where a kernel holds no HGMMA.
+The folders beside this one build and load their kernels with what is here.
 """
 import hashlib
 import os
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,9 +31,9 @@ SERIALISED = re.compile(r'C75(07|10|11|12|14|15|20)') # what ptxas says when it 
 SPILL = re.compile(r'(\d+) bytes spill stores, (\d+) bytes spill loads')
 
 
-def sources_hash():
-    """Hash of everything the module is built from; the module carries it, so that a stale one is noticed."""
-    files = [p for p in HERE.iterdir() if p.suffix in ('.cu', '.cuh', '.cpp')] + list(INCLUDE.rglob('*.cuh'))
+def sources_hash(here=HERE):
+    """Hash of all that a folder's module is built from; the module carries it, so that a stale one is noticed."""
+    files = [p for p in here.iterdir() if p.suffix in ('.cu', '.cuh', '.cpp')] + list(INCLUDE.rglob('*.cuh'))
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + b'\0' + path.read_bytes() + b'\0')
@@ -95,22 +97,22 @@ def compile_kernel(nvcc, source, target, defines=()):
     return [f"{source.name}: {line.strip()}" for line in said.splitlines() if 'Used' in line]
 
 
-def build_module(folder, target):
-    """Compile everything here into `target`, objects in `folder`."""
+def build_module(folder, target, here=HERE):
+    """Compile everything in `here` into `target`, objects in `folder`."""
     nvcc, objects = find_nvcc(), []
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
         jobs = []
-        for source in sorted(HERE.glob('*.cu')):
+        for source in sorted(here.glob('*.cu')):
             objects.append(folder / f'{source.stem}.o')
             jobs.append(pool.submit(compile_kernel, nvcc, source, objects[-1]))
         front_end = folder / 'h100_frontend.o'
         objects.append(front_end)
         jobs.append(pool.submit(run, [
             os.environ.get('CXX', 'g++'), '-std=c++20', '-O2', '-fPIC', '-fvisibility=hidden', '-Wall',
-            f'-DSOURCES="{sources_hash()}"', f'-I{find_pybind11()}', f"-I{sysconfig.get_paths()['include']}",
-            '-c', HERE / 'h100_frontend.cpp', '-o', front_end]))
+            f'-DSOURCES="{sources_hash(here)}"', f'-I{find_pybind11()}', f"-I{sysconfig.get_paths()['include']}",
+            '-c', here / 'h100_frontend.cpp', '-o', front_end]))
         for job in jobs:
             for line in job.result() or []:
                 print(line, end='' if line.endswith('\n') or len(line) == 1 else '\n')
@@ -120,18 +122,35 @@ def build_module(folder, target):
     partial.replace(target) # a build that is cut off leaves the old module
 
 
-def main():
+def load_module(here, name, sources, build):
+    """(module `name` built in `here`, '') or (None, why it cannot be loaded, and the command `build` that helps)."""
+    suffix = sysconfig.get_config_var('EXT_SUFFIX')
+    found = sorted(here.glob(f'build/lib.*/{name}.*.so'), key=lambda p: p.stat().st_mtime, reverse=True)
+    fitting = [path for path in found if path.name == name + suffix]
+    if not fitting:
+        if found:
+            return None, f"the kernels were built for another Python ({found[0].name}, not {suffix}): {build}"
+        return None, f"the kernels are not built: {build}"
+    loader = ExtensionFileLoader(name, str(fitting[0]))
+    module = module_from_spec(spec_from_loader(name, loader))
+    loader.exec_module(module)
+    if module.sources != sources:
+        return None, f"the kernels are older than their sources: {build}"
+    return module, ''
+
+
+def main(here=HERE, module=MODULE):
     from setuptools import Extension, setup
     from setuptools.command.build_ext import build_ext
 
     class Build(build_ext):
         def build_extension(self, ext):
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
-            build_module(Path(self.build_temp).resolve(), target)
+            build_module(Path(self.build_temp).resolve(), target, here)
             print(f"built {target}")
 
-    os.chdir(HERE)
-    setup(name=MODULE, version='1', ext_modules=[Extension(MODULE, [])], cmdclass={'build_ext': Build}, packages=[],
+    os.chdir(here)
+    setup(name=module, version='1', ext_modules=[Extension(module, [])], cmdclass={'build_ext': Build}, packages=[],
           py_modules=[])
 
 

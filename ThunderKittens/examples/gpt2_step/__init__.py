@@ -213,8 +213,8 @@ class TrainStep:
             k.update(qkv=qkv, y=y)
             branch = self._linear(y.detach().view(B * T, -1), f'{block}.attn.c_proj')
             stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
-            before = self._linear(h, f'{block}.mlp.c_fc') # (B T, 4C)
-            act = kernels.gelu(before, tanh)
+            w, b = self.half_w[f'{block}.mlp.c_fc.weight'], self.half_w.get(f'{block}.mlp.c_fc.bias')
+            before, act = kernels.linear_gelu(h, w, b, tanh) # (B T, 4C) each
             k.update(x2=stream, h2=h, stats2=stats, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
             branch = self._linear(act, f'{block}.mlp.c_proj')
             layers += [k] if keep else []
@@ -277,13 +277,12 @@ class TrainStep:
         end = len(self.grads)
         for i in reversed(range(L)):
             block, k = f'transformer.h.{i}', layers.pop()
-            again = torch.empty_like(k['before']) if k['act'] is None else None
-            dact = d @ self.half_w[f'{block}.mlp.c_proj.weight'] # (B T, 4C)
-            dbefore = kernels.gelu_backward(k['before'], dact, tanh, again)
-            self._weight_grads(f'{block}.mlp.c_proj', d, k['act'] if again is None else again, add)
+            dbefore, act = kernels.linear_gelu_backward(d, self.half_w[f'{block}.mlp.c_proj.weight'], k['before'], tanh,
+                                                        again=k['act'] is None) # (B T, 4C)
+            self._weight_grads(f'{block}.mlp.c_proj', d, k['act'] if act is None else act, add)
             self._weight_grads(f'{block}.mlp.c_fc', dbefore, k['h2'], add)
             dh = dbefore @ self.half_w[f'{block}.mlp.c_fc.weight']
-            del again, dact, dbefore
+            del act, dbefore
             dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['x2'], k['stats2'], dx, seeds[2 * i + 1], p)
             self._weight_grads(f'{block}.attn.c_proj', d, k['y'].detach().view(len(d), -1), add)
             dy = d @ self.half_w[f'{block}.attn.c_proj.weight']

@@ -7,6 +7,8 @@ M rows (tokens), C channels, V vocabulary. `seed` is a device tensor of one int6
 import torch
 import torch.nn.functional as F
 
+from ThunderKittens.examples import gemm_gelu
+
 try:
     import triton
     import triton.language as tl
@@ -157,6 +159,32 @@ def gelu_backward(x, dy, tanh, again=None):
     if again is not None:
         again.copy_(gelu(x, tanh))
     return dy.copy_(torch.ops.aten.gelu_backward(dy, x, approximate='tanh' if tanh else 'none'))
+
+
+def linear_gelu(x, w, bias, tanh):
+    """x w^T + bias and its GELU, (M, out) both: x (M, in), w (out, in), bias (out) or None."""
+    if _has_gelu_in_matmul(x, w):
+        return gemm_gelu.linear_gelu(x, w, bias, tanh)
+    before = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
+    return before, gelu(before, tanh)
+
+
+def linear_gelu_backward(dy, w, before, tanh, again):
+    """
+    The gradient of `before` where gelu(before) w^T has the gradient dy: dy (M, out), w (out, in), before (M, in).
+
+    returns  (that gradient, (M, in); GELU of `before` once more with `again`, else None)
+    """
+    if _has_gelu_in_matmul(dy, w):
+        found = gemm_gelu.linear_gelu_backward(dy, w, before, tanh, again)
+        return found if again else (found, None)
+    act = torch.empty_like(before) if again else None
+    return gelu_backward(before, dy @ w, tanh, act), act
+
+
+def _has_gelu_in_matmul(x, w):
+    return (x.is_cuda and x.dtype is torch.bfloat16 and gemm_gelu.is_available()
+            and not gemm_gelu.why_not_for(*w.shape))
 
 
 # ---- cross-entropy -----------------------------------------------------------------------------------------------

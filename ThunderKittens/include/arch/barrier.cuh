@@ -80,6 +80,26 @@ KITTENS_DEVICE void arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// [%cluster_ctarank] this block's number in its cluster
+KITTENS_DEVICE int rank_in_cluster() {
+    int rank;
+    asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// [mapa, mbarrier.arrive.shared::cluster] arrive at the same semaphore of block `rank` of the cluster. Relaxed: nothing
+// this thread wrote becomes visible by it. That suits who has only read, by wgmma; a release would wait for every store
+// of the thread to global memory.
+KITTENS_DEVICE void arrive_at(semaphore& bar, int rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(bar.address()),
+                 "r"(rank)
+                 : "memory");
+}
+// [barrier.cluster] every thread of every block of the cluster
+KITTENS_DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // [fence.mbarrier_init] by the thread that ran init, before __syncthreads
 KITTENS_DEVICE void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // [fence.proxy.async] by each thread that wrote shared memory in the ordinary way, before the barrier behind which

@@ -32,6 +32,15 @@ KITTENS_DEVICE float2 load_pair(uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
     return x;
 }
+// [ld.shared.v4] eight neighbouring bf16; volatile likewise
+KITTENS_DEVICE uint4 load_piece(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
 // [st.shared.v4] to `address` unless that is 0
 KITTENS_DEVICE void store_if(uint32_t address, float a, float b, float c, float d) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::

@@ -42,6 +42,15 @@ KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, i
                  "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                  : "memory");
 }
+// the same box into the same place of every block of the cluster whose bit is set in `blocks`; each one's semaphore at
+// the place of `bar` is told of the bytes
+KITTENS_DEVICE void load_multicast(uint32_t dst, const CUtensorMap& map, semaphore& bar, int c0, int c1, int c2,
+                                   int c3, uint16_t blocks, uint64_t policy) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
+                 "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks), "l"(policy)
+                 : "memory");
+}
 // shared memory -> box; part of the group that the next commit() closes
 KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

@@ -54,6 +54,13 @@ KITTENS_DEVICE uint64_t advance(uint64_t descriptor, int bytes, int panel_bytes 
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
     "%64, %65, %66, %67"
+#define KITTENS_REGS_96 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define KITTENS_ACC_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define KITTENS_ACC_16(d, i) \
     KITTENS_ACC_4(d, i), KITTENS_ACC_4(d, i + 4), KITTENS_ACC_4(d, i + 8), KITTENS_ACC_4(d, i + 12)
@@ -61,6 +68,7 @@ KITTENS_DEVICE uint64_t advance(uint64_t descriptor, int bytes, int panel_bytes 
 #define KITTENS_ACC_36(d) KITTENS_ACC_32(d), KITTENS_ACC_4(d, 32)
 #define KITTENS_ACC_64(d) KITTENS_ACC_32(d), KITTENS_ACC_16(d, 32), KITTENS_ACC_16(d, 48)
 #define KITTENS_ACC_68(d) KITTENS_ACC_64(d), KITTENS_ACC_4(d, 64)
+#define KITTENS_ACC_96(d) KITTENS_ACC_64(d), KITTENS_ACC_16(d, 64), KITTENS_ACC_16(d, 80)
 
 // ss: A and B in shared memory. rs: A in registers. transpose_x: rows of that operand run along K (M or N contiguous).
 // accumulate = 0 overwrites d. %o0... are the numbers of the operands behind the accumulator.
@@ -86,6 +94,7 @@ KITTENS_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 KITTENS_WGMMA(72, 36, 36, 37, 38, 39, 40, 41, 42)
 KITTENS_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
 KITTENS_WGMMA(136, 68, 68, 69, 70, 71, 72, 73, 74)
+KITTENS_WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102)
 
 } // namespace wgmma
 } // namespace kittens

@@ -1,0 +1,163 @@
+"""
+A linear layer with GELU in the same kernel on an H100, forward and backward, as torch sees them. M rows, K in, N out.
+
+    from ThunderKittens.examples.gemm_gelu import linear_gelu, linear_gelu_backward, is_available
+
+`why_unavailable()` is '' where the kernels run, else the reason and what would help. There is no autograd here: whoever
+calls the forward keeps `pre` and calls the backward. torch.compile sees opaque operators.
+"""
+import functools
+
+import torch
+
+from ..attn_causal.h100_fwd_setup import load_module, sources_hash
+from .h100_gemm_setup import HERE, MODULE
+
+BUILD = 'make kernels, or: cd ThunderKittens/examples/gemm_gelu && python h100_gemm_setup.py build'
+
+
+@functools.cache
+def _load():
+    """(module, '') or (None, why it cannot be loaded). Never raises, never needs a GPU."""
+    return load_module(HERE, MODULE, sources_hash(HERE), BUILD)
+
+
+def why_unavailable():
+    """'' where the kernels run, else the reason in one line: no GPU, another GPU, not built, built for another Python,
+    or stale, with the command that builds them."""
+    if not torch.cuda.is_available():
+        return "no CUDA device: the kernels need an H100 (sm_90)"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"the kernels need an H100 (sm_90), this device is sm_{capability[0]}{capability[1]}"
+    return _load()[1]
+
+
+def why_not_for(n_in, n_out):
+    """'' where the kernels can do a layer of this size, else the reason in one line."""
+    fits = n_in % 8 == 0 and n_out % 8 == 0
+    return '' if fits else f"it takes widths that are multiples of 8, not {n_in} and {n_out}"
+
+
+def is_available():
+    """Whether the kernels run on the current device; why_unavailable() says why not."""
+    return why_unavailable() == ''
+
+
+def _module():
+    module, why = _load()
+    if module is None:
+        raise RuntimeError(why)
+    return module
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------
+
+def _check(**tensors):
+    for name, x in tensors.items():
+        if x.dtype is not torch.bfloat16:
+            raise TypeError(f"{name} must be torch.bfloat16, got {x.dtype}")
+    first = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        if x.device.type != 'cuda' or x.device != first.device:
+            raise ValueError(f"{name} must be on a CUDA device, all on one, got {x.device}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tuple(x.stride())}")
+
+
+def _check_fwd(x, w, bias):
+    _check(x=x, w=w, **({} if bias is None else {'bias': bias}))
+    if w.dim() != 2 or x.dim() < 1 or x.size(-1) != w.size(1):
+        raise ValueError(f"x must be (..., K) and w (N, K), got {tuple(x.shape)} and {tuple(w.shape)}")
+    if bias is not None and tuple(bias.shape) != (w.size(0),):
+        raise ValueError(f"bias must be ({w.size(0)},), got {tuple(bias.shape)}")
+
+
+def _check_bwd(dy, w2, pre):
+    _check(dy=dy, w2=w2, pre=pre)
+    if w2.dim() != 2 or dy.dim() < 1 or dy.size(-1) != w2.size(0):
+        raise ValueError(f"dy must be (..., C) and w2 (C, N), got {tuple(dy.shape)} and {tuple(w2.shape)}")
+    if pre.shape != (*dy.shape[:-1], w2.size(1)):
+        raise ValueError(f"pre must be {(*dy.shape[:-1], w2.size(1))}, got {tuple(pre.shape)}")
+
+
+def _queue(kernel, device, *arguments):
+    """Run a function of the module on the device's current stream; `arguments` are its own but for the stream."""
+    if device.index == torch.cuda.current_device():
+        kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device.index):
+            kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def _fwd_fake(x, w, bias, tanh):
+    _check_fwd(x, w, bias)
+    return tuple(x.new_empty((*x.shape[:-1], w.size(0))) for _ in range(2))
+
+
+def _fwd(x, w, bias, tanh):
+    pre, act = _fwd_fake(x, w, bias, tanh)
+    if pre.numel():
+        N, K = w.shape
+        _queue(_module().forward, x.device, x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(),
+               pre.data_ptr(), act.data_ptr(), pre.numel() // N, N, K, tanh)
+    return pre, act
+
+
+def _bwd_fake(dy, w2, pre, tanh, act_too):
+    _check_bwd(dy, w2, pre)
+    return pre.new_empty(pre.shape), pre.new_empty(pre.shape if act_too else (0,))
+
+
+def _bwd(dy, w2, pre, tanh, act_too):
+    dpre, act = _bwd_fake(dy, w2, pre, tanh, act_too)
+    if dpre.numel():
+        C, N = w2.shape
+        _queue(_module().backward, dy.device, dy.data_ptr(), w2.data_ptr(), pre.data_ptr(), dpre.data_ptr(),
+               act.data_ptr() if act_too else 0, pre.numel() // N, N, C, tanh)
+    return dpre, act
+
+
+_library = torch.library.Library('thunderkittens', 'FRAGMENT')
+_exact = getattr(torch.Tag, 'needs_exact_strides', torch.Tag.needs_fixed_stride_order)
+_operators = {
+    'linear_gelu_fwd(Tensor x, Tensor w, Tensor? bias, bool tanh) -> (Tensor, Tensor)': (_fwd, _fwd_fake),
+    'linear_gelu_bwd(Tensor dy, Tensor w2, Tensor pre, bool tanh, bool act_too) -> (Tensor, Tensor)': (_bwd, _bwd_fake),
+}
+for _schema, (_real, _fake) in _operators.items():
+    _name = _schema.split('(')[0]
+    _library.define(_schema, tags=(_exact,))
+    for _key in ('CUDA', 'CPU'): # on the CPU it says that it does not run there
+        _library.impl(_name, _real, _key)
+    torch.library.register_fake(f'thunderkittens::{_name}', _fake, lib=_library)
+_fwd_op = torch.ops.thunderkittens.linear_gelu_fwd.default
+_bwd_op = torch.ops.thunderkittens.linear_gelu_bwd.default
+
+
+# ---- what models call ------------------------------------------------------------------------------------------------
+
+def linear_gelu(x, w, bias=None, tanh=False):
+    """
+    pre = x w^T + bias and gelu(pre), in one kernel.
+
+    x, w, bias   (..., K), (N, K), (N) or None: contiguous bfloat16 on one sm_90 device; N and K multiples of 8
+    tanh         the tanh form instead of the exact one
+    returns      pre, gelu(pre): (..., N) bfloat16; the GELU is of the rounded pre, so a backward from pre agrees
+    raises       TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
+    accuracy     float32 sums and GELU: RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 path
+    """
+    return _fwd_op(x, w, bias, tanh)
+
+
+def linear_gelu_backward(dy, w2, pre, tanh=False, act_too=False):
+    """
+    The gradient of pre, where y = gelu(pre) w2^T: dpre = (dy w2) gelu'(pre), in one kernel.
+
+    dy, w2, pre  (..., C), (C, N), (..., N): contiguous bfloat16 on one sm_90 device; N and C multiples of 8
+    act_too      also gelu(pre) again, for the gradient of w2, where the forward did not keep it
+    returns      dpre (..., N) bfloat16, or (dpre, gelu(pre)); the bits of gelu(pre) are the forward's
+    raises       as linear_gelu
+    accuracy     as linear_gelu; dy w2 is rounded to bfloat16 on the way, as torch does
+    """
+    dpre, act = _bwd_op(dy, w2, pre, tanh, act_too)
+    return (dpre, act) if act_too else dpre
