@@ -83,6 +83,19 @@ def test_a_gradient_within_the_norm_is_not_clipped_and_0_clips_nothing(double):
         assert all(off(q, p) < 1e-9 for p, q in zip(plain.parameters(), model.parameters()))
 
 
+def test_a_norm_whose_weight_became_0_still_gets_its_gradient(double):
+    """Without a bias the backward reads what was normalised off the norm's output."""
+    plain, model, step = pair(vocab_size=65, bias=False)
+    for of in (plain, model):
+        for norm in (of.transformer.h[1].ln_1, of.transformer.h[2].ln_2, of.transformer.ln_f):
+            norm.weight.data[::5] = 0
+    x, y = batch(65)
+    plain(x, y)[1].backward()
+    step.forward_backward(x, y)
+    for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        assert off(q.grad, p.grad) < 1e-10 and (p.grad != 0).any(), name
+
+
 def test_the_gradient_with_dropout_is_the_slope_of_the_loss_under_the_same_masks(double):
     _, model, step = pair(vocab_size=65, dropout=0.3, bias=True)
     x, y = batch(65)
@@ -250,6 +263,7 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
     x, dx, branch = (torch.randn(M, C, device=cuda) for _ in range(3))
     branch = branch.bfloat16()
     weight, b = torch.randn(C, device=cuda), torch.randn(C, device=cuda) if bias else None
+    weight[::7] = 0
     seed, dh = torch.tensor([12345], device=cuda), torch.randn(M, C, device=cuda).bfloat16()
     mask = kernels.keep_mask(seed, (M, C), p) if p else torch.ones(M, C, device=cuda)
 
@@ -261,14 +275,16 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
         got = kernels.add_norm(x, some, weight, b, seed, p, torch.bfloat16)
         for g, w, allowed in zip(got, want, (1e-6, BF16, 1e-5)):
             near(g, w, allowed)
-    after, _, stats = kernels.add_norm(x, branch, weight, b, seed, p, torch.bfloat16)
+    after, h, stats = kernels.add_norm(x, branch, weight, b, seed, p, torch.bfloat16)
+    saved = after if bias else h
     for given in (dx, None):
         parts = [torch.full((kernels.PROGRAMS, C), math.nan, device=cuda) for _ in range(2)]
         exact = [torch.empty(kernels.PROGRAMS, C, dtype=torch.float64) for _ in range(2)]
         mine = None if given is None else given.clone()
-        got = kernels.norm_backward(dh, after, stats, weight, mine, seed, p, parts[0], parts[1] if bias else None)
-        want = kernels.norm_backward(wide(dh), wide(after), wide(stats), wide(weight), wide(given), None, 0.0,
-                                     exact[0], exact[1] if bias else None)
+        got = kernels.norm_backward(dh, saved, stats, weight, mine, seed, p, parts[0], parts[1] if bias else None,
+                                    torch.float32)
+        want = kernels.norm_backward(wide(dh), wide(saved), wide(stats), wide(weight), wide(given), None, 0.0,
+                                     exact[0], exact[1] if bias else None, torch.float64)
         near(got[0], want[0], 1e-5)
         near(got[1], want[0] * wide(mask), BF16)
         near(parts[0].sum(0), exact[0].sum(0), 1e-5)

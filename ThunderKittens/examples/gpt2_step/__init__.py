@@ -191,8 +191,10 @@ class TrainStep:
         return x @ w.t() if b is None else torch.addmm(b, x, w.t())
 
     def _add_norm(self, stream, branch, norm, seed, p):
+        """The stream after, its LayerNorm, and of those what the backward needs besides."""
         weight, bias = self.w[f'{norm}.weight'], self.w.get(f'{norm}.bias')
-        return kernels.add_norm(stream, branch, weight, bias, seed, p, self.half)
+        stream, h, stats = kernels.add_norm(stream, branch, weight, bias, seed, p, self.half)
+        return stream, h, (h if bias is None else stream, stats)
 
     def _forward(self, x, p, keep):
         """What the head reads, (B T, C), and with `keep` what the backward needs."""
@@ -205,21 +207,21 @@ class TrainStep:
         branch, layers = None, []
         for i in range(L):
             block, k = f'transformer.h.{i}', {}
-            stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_1', seeds[2 * i], p)
-            k.update(x1=stream, h1=h, stats1=stats)
+            stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_1', seeds[2 * i], p)
+            k.update(h1=h, saved1=saved)
             qkv = self._linear(h, f'{block}.attn.c_attn').view(B, T, -1).requires_grad_(keep)
             with torch.set_grad_enabled(keep):
                 y = self.attention(qkv, self.config.n_head, p) # (B, T, C)
             k.update(qkv=qkv, y=y)
             branch = self._linear(y.detach().view(B * T, -1), f'{block}.attn.c_proj')
-            stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
+            stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
             w, b = self.half_w[f'{block}.mlp.c_fc.weight'], self.half_w.get(f'{block}.mlp.c_fc.bias')
             before, act = kernels.linear_gelu(h, w, b, tanh) # (B T, 4C) each
-            k.update(x2=stream, h2=h, stats2=stats, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
+            k.update(h2=h, saved2=saved, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
             branch = self._linear(act, f'{block}.mlp.c_proj')
             layers += [k] if keep else []
-        stream, h, stats = self._add_norm(stream, branch, 'transformer.ln_f', seeds[2 * L], p)
-        return h, (seeds, layers, stream, stats)
+        stream, h, saved = self._add_norm(stream, branch, 'transformer.ln_f', seeds[2 * L], p)
+        return h, (seeds, layers, saved)
 
     def _head(self, h, targets, share=None, add=False):
         """
@@ -262,18 +264,18 @@ class TrainStep:
             grad = self.g[f'{name}.bias']
             grad.copy_(dy.sum(0, dtype=grad.dtype) + (grad if add else 0))
 
-    def _norm_backward(self, n, norm, dh, x, stats, dx, seed, p):
+    def _norm_backward(self, n, norm, dh, saved, dx, seed, p):
         parts = [part[n] for part in self.norm_parts] + [None]
-        return kernels.norm_backward(dh, x, stats, self.w[f'{norm}.weight'], dx, seed, p, *parts[:2])
+        return kernels.norm_backward(dh, *saved, self.w[f'{norm}.weight'], dx, seed, p, *parts[:2], self.residual)
 
     def _forward_backward(self, x, y, share, add):
         """Yields the parts of self.grads as they are finished, the last layers' first."""
         p, L, tanh = self.config.dropout, self.config.n_layer, self.config.gelu == 'tanh'
-        h, (seeds, layers, stream, stats) = self._forward(x, p, keep=True)
+        h, (seeds, layers, saved) = self._forward(x, p, keep=True)
         dh = self._head(h, y, share, add)
         # dx: the gradient of the residual stream, d: of the branch that was added to it
-        dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, stream, stats, None, seeds[2 * L], p)
-        del h, dh, stream, stats
+        dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, saved, None, seeds[2 * L], p)
+        del h, dh, saved
         end = len(self.grads)
         for i in reversed(range(L)):
             block, k = f'transformer.h.{i}', layers.pop()
@@ -283,14 +285,14 @@ class TrainStep:
             self._weight_grads(f'{block}.mlp.c_fc', dbefore, k['h2'], add)
             dh = dbefore @ self.half_w[f'{block}.mlp.c_fc.weight']
             del act, dbefore
-            dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['x2'], k['stats2'], dx, seeds[2 * i + 1], p)
+            dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['saved2'], dx, seeds[2 * i + 1], p)
             self._weight_grads(f'{block}.attn.c_proj', d, k['y'].detach().view(len(d), -1), add)
             dy = d @ self.half_w[f'{block}.attn.c_proj.weight']
             dqkv, = torch.autograd.grad(k['y'], k['qkv'], dy.view(k['y'].shape))
             dqkv = dqkv.view(len(d), -1)
             self._weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'], add)
             dh = dqkv @ self.half_w[f'{block}.attn.c_attn.weight']
-            dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['x1'], k['stats1'], dx, seeds[2 * i], p)
+            dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['saved1'], dx, seeds[2 * i], p)
             if self.world_size > 1 and i in (L // 2, 0): # a piece of its own only where somebody waits for it
                 start = self.first[f'{block}.attn.c_attn.weight']
                 yield self.grads[start:end]

@@ -16,6 +16,7 @@ except ImportError: # comes with torch for CUDA; the plain definitions need none
     triton = None
 
 EPS = 1e-5 # of LayerNorm
+TINY = 1e-30 # what a smaller weight of a LayerNorm counts as, so that the output still tells what was normalised
 PROGRAMS = 264 # of a kernel that sums over rows: two for each of an H100's 132 SMs
 
 
@@ -100,8 +101,8 @@ def add_norm(x, branch, weight, bias, seed, p, half):
         h = torch.empty(M, C, dtype=half, device=x.device)
         stats = torch.empty(M, 2, dtype=torch.float32, device=x.device)
         rows = 4 if C <= 1024 else 2
-        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS, rows,
-                                    _block(C), branch is not None, bias is not None, p > 0,
+        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS, TINY,
+                                    rows, _block(C), branch is not None, bias is not None, p > 0,
                                     num_warps=_warps(rows * _block(C)))
         return after, h, stats
     if branch is not None:
@@ -109,33 +110,41 @@ def add_norm(x, branch, weight, bias, seed, p, half):
     wide = torch.promote_types(x.dtype, torch.float32)
     var, mean = torch.var_mean(x.to(wide), dim=1, keepdim=True, correction=0)
     stats = torch.cat((mean, (var + EPS).rsqrt()), dim=1)
-    return x, F.layer_norm(x.to(wide), (C,), weight, bias, EPS).to(half), stats
+    return x, F.layer_norm(x.to(wide), (C,), _not_0(weight), bias, EPS).to(half), stats
 
 
-def norm_backward(dh, x, stats, weight, dx, seed, p, dweight, dbias):
+def _not_0(weight):
+    return torch.where(weight.abs() < TINY, TINY, weight)
+
+
+def norm_backward(dh, saved, stats, weight, dx, seed, p, dweight, dbias, residual):
     """
     The gradient of the residual stream through add_norm.
 
-    dh       (M, C), of the LayerNorm's output
-    dx       (M, C) or None, of the stream after; changed in place
-    dweight  (PROGRAMS, C), takes parts whose sum over the first axis is the weight's gradient; dbias likewise or None
-    returns  (dx, of x's dtype; the gradient of the branch, (M, C) of dh's dtype)
+    dh        (M, C), of the LayerNorm's output
+    saved     (M, C), that output if it has no bias, for it is half as long to read, else the stream after
+    dx        (M, C) or None, of the stream after; changed in place
+    dweight   (PROGRAMS, C), takes parts whose sum over the first axis is the weight's gradient; dbias likewise, None
+              without a bias
+    residual  dtype of the stream
+    returns   (dx, of dtype `residual`; the gradient of the branch, (M, C) of dh's dtype)
     """
-    M, C = x.shape
-    if x.is_cuda:
-        out, dbranch = torch.empty_like(x) if dx is None else dx, torch.empty_like(dh)
+    M, C = dh.shape
+    if dh.is_cuda:
+        out, dbranch = torch.empty_like(dh, dtype=residual) if dx is None else dx, torch.empty_like(dh)
         rows = 4 if C <= 1024 else 2
-        _norm_backward[(PROGRAMS,)](dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, *_threshold(p),
-                                    rows, _block(C), dx is not None, dbias is not None, p > 0,
+        _norm_backward[(PROGRAMS,)](dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C,
+                                    *_threshold(p), TINY, rows, _block(C), dx is not None, dbias is not None, p > 0,
                                     num_warps=_warps(rows * _block(C)))
         return out, dbranch
     mean, rstd = stats[:, :1], stats[:, 1:]
-    normed, dnormed = (x - mean) * rstd, dh.to(stats.dtype) * weight
+    normed = saved / _not_0(weight) if dbias is None else (saved - mean) * rstd
+    dnormed = dh.to(stats.dtype) * weight
     dweight.zero_()[0] = (dh * normed).sum(0)
     if dbias is not None:
         dbias.zero_()[0] = dh.to(stats.dtype).sum(0)
     through = rstd * (dnormed - dnormed.mean(1, keepdim=True) - normed * (dnormed * normed).mean(1, keepdim=True))
-    dx = through.to(x.dtype) if dx is None else dx.add_(through)
+    dx = through.to(residual) if dx is None else dx.add_(through)
     return dx, (dx * keep_mask(seed, dx.shape, p) if p else dx).to(dh.dtype)
 
 
@@ -287,7 +296,7 @@ if triton:
                       sem='relaxed')
 
     @triton.jit(do_not_specialize=['threshold'])
-    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, ROWS: tl.constexpr,
+    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, tiny, ROWS: tl.constexpr,
                   BLOCK: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -302,7 +311,8 @@ if triton:
         mean = tl.sum(value, 1, keep_dims=True) / C
         off = tl.where(c < C, value - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(off * off, 1, keep_dims=True) / C + eps)
-        out = off * rstd * tl.load(weight + c, mask=c < C)
+        w = tl.load(weight + c, mask=c < C, other=1.0)
+        out = off * rstd * tl.where(tl.abs(w) < tiny, tiny, w)
         if BIAS:
             out += tl.load(bias + c, mask=c < C)
         tl.store(h + at, out, mask=inside)
@@ -310,23 +320,27 @@ if triton:
         tl.store(stats + row * 2 + 1, rstd, mask=row < M)
 
     @triton.jit(do_not_specialize=['threshold'])
-    def _norm_backward(dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, threshold, scale,
+    def _norm_backward(dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, threshold, scale, tiny,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, BIAS: tl.constexpr,
                        DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
-        w = tl.load(weight + c, mask=c < C, other=0.0)
+        w = tl.load(weight + c, mask=c < C, other=1.0)
+        back = 1 / tl.where(tl.abs(w) < tiny, tiny, w)
         sum_w = tl.zeros((ROWS, BLOCK), tl.float32)
         sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
             row = first + tl.arange(0, ROWS)[:, None]
             at, inside = row * C + c, (row < M) & (c < C)
             g = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(saved + at, mask=inside, other=0.0).to(tl.float32)
             if DX:
                 stream = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
-            mean = tl.load(stats + row * 2, mask=row < M, other=0.0)
             rstd = tl.load(stats + row * 2 + 1, mask=row < M, other=0.0)
-            normed = tl.where(inside, (value - mean) * rstd, 0.0)
+            if BIAS:
+                mean = tl.load(stats + row * 2, mask=row < M, other=0.0)
+                normed = tl.where(inside, (value - mean) * rstd, 0.0)
+            else:
+                normed = value * back
             sum_w += g * normed
             if BIAS:
                 sum_b += g
