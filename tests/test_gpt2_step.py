@@ -293,6 +293,26 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
 
 
 @on_gpu
+@pytest.mark.parametrize('p', [0.0, 0.3])
+@pytest.mark.parametrize('B, T, C', [(5, 37, 40), (1, 64, 1600), (8, 1, 768)])
+def test_the_embedding_kernels_are_their_definitions(B, T, C, p, cuda):
+    ids, seed = torch.randint(50, (B, T), device=cuda), torch.tensor([12345], device=cuda)
+    wte, wpe, dx = (torch.randn(n, C, device=cuda) for n in (50, 64, B * T))
+
+    def wide(t):
+        return t.double().cpu()
+    near(kernels.embed(ids, wte, wpe, seed, p, torch.float32),
+         kernels.embed(ids.cpu(), wide(wte), wide(wpe), seed.cpu(), p, torch.float64), 1e-6)
+    for add in (False, True):
+        got = [torch.full_like(w, 3.0) for w in (wte, wpe)]
+        want = [wide(w) for w in got]
+        kernels.embed_backward(dx, ids, seed, p, *got, add)
+        kernels.embed_backward(wide(dx), ids.cpu(), seed.cpu(), p, *want, add)
+        for g, w in zip(got, want):
+            near(g, w, 1e-6)
+
+
+@on_gpu
 @pytest.mark.parametrize('tanh', [False, True])
 def test_the_gelu_kernels_are_their_definitions(tanh, cuda):
     x, dy = (4 * torch.randn(1001, 77, device=cuda)).bfloat16(), torch.randn(1001, 77, device=cuda).bfloat16()
@@ -329,19 +349,19 @@ def test_the_cross_entropy_kernel_is_its_definition(V, width, cuda):
     logits, targets = (3 * torch.randn(301, width, device=cuda)).bfloat16(), torch.randint(V, (301,), device=cuda)
     targets[::7] = -1
     logits[:, V:] = 50 # no token's
-    scale = torch.tensor(0.25, device=cuda)
+    counted = torch.tensor(4, device=cuda)
     got, want = logits.clone(), logits.double().cpu()
     losses, exact = torch.full((301,), math.nan, device=cuda), torch.empty(301, dtype=torch.float64)
-    kernels.cross_entropy_(got, targets, losses, scale, V, False)
+    kernels.cross_entropy_(got, targets, losses, 0.5, counted, V, False)
     assert torch.equal(got, logits), "without the gradient nothing is written"
     near(losses, torch.nn.functional.cross_entropy(want[:, :V], targets.cpu(), ignore_index=-1, reduction='none'), 1e-5)
-    kernels.cross_entropy_(got, targets, losses, scale, V, True)
-    kernels.cross_entropy_(want, targets.cpu(), exact, scale.double().cpu(), V, True)
+    kernels.cross_entropy_(got, targets, losses, 0.5, counted, V, True)
+    kernels.cross_entropy_(want, targets.cpu(), exact, 0.5, counted.cpu(), V, True)
     near(losses, exact, 1e-5)
     near(got, want, BF16)
     assert (got[::7] == 0).all() and (got[:, V:] == 0).all()
     logits[5, 3] = math.nan
-    kernels.cross_entropy_(logits, targets, losses, scale, V, True)
+    kernels.cross_entropy_(logits, targets, losses, 0.5, counted, V, True)
     assert losses[5].isnan() and losses.isnan().sum() == 1
 
 

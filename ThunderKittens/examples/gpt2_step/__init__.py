@@ -230,17 +230,17 @@ class TrainStep:
         """
         targets = targets.reshape(-1)
         losses = torch.empty(len(h), dtype=self.loss.dtype, device=h.device)
-        one = 1 / (targets != -1).sum().to(losses.dtype)
+        counted = (targets != -1).sum()
         dh = None if share is None else torch.empty_like(h)
         for i in range(0, len(h), HEAD_ROWS):
             rows = slice(i, i + HEAD_ROWS)
             logits = h[rows] @ self.head.t() # (rows, V)
-            kernels.cross_entropy_(logits, targets[rows], losses[rows], one * (share or 0.0), self.config.vocab_size,
+            kernels.cross_entropy_(logits, targets[rows], losses[rows], share or 0.0, counted, self.config.vocab_size,
                                    share is not None)
             if share is not None:
                 torch.mm(logits, self.head, out=dh[rows])
                 self._weight_grad(self.dhead, logits, h[rows], add or i > 0)
-        self.loss.copy_(losses.sum() * one)
+        torch.div(losses.sum(), counted, out=self.loss)
         return dh
 
     def _evaluate(self, x, y):
@@ -261,8 +261,7 @@ class TrainStep:
         """The gradients of a _linear's weight and bias: dy (M, out), x (M, in)."""
         self._weight_grad(self.g[f'{name}.weight'], dy, x, add)
         if f'{name}.bias' in self.g:
-            grad = self.g[f'{name}.bias']
-            grad.copy_(dy.sum(0, dtype=grad.dtype) + (grad if add else 0))
+            kernels.sum_into(self.g[f'{name}.bias'], dy, 0, add)
 
     def _norm_backward(self, n, norm, dh, saved, dx, seed, p):
         parts = [part[n] for part in self.norm_parts] + [None]
@@ -299,7 +298,7 @@ class TrainStep:
                 end = start
         kernels.embed_backward(dx, x, seeds[0], p, self.dhead, self.g['transformer.wpe.weight'], add)
         for grad, parts in zip(self.norm_grads, self.norm_parts):
-            grad.copy_(parts.sum(1) + (grad if add else 0))
+            kernels.sum_into(grad, parts, 1, add)
         self.grads[0] += 0 * self.loss # a loss that is not finite makes a gradient so, on every process
         yield self.grads[:end]
 

@@ -70,18 +70,25 @@ def embed(ids, wte, wpe, seed, p, dtype):
 def embed_backward(dx, ids, seed, p, dwte, dwpe, add):
     """dx (B T, C) into dwte (V, C), which is added to, and dwpe (block_size, C): set, or added to with `add`."""
     B, T = ids.shape
+    C = dx.size(1)
+    if dx.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        _embed_backward[(len(dwpe),)](dx, ids, dwte, dwpe, seed, B, T, C, *_threshold(p), 4, _block(C), add, p > 0,
+                                      num_warps=_warps(4 * _block(C)))
+        return
     if p:
         dx = dx * keep_mask(seed, dx.shape, p).to(dx.dtype)
-    if dx.is_cuda and not torch.are_deterministic_algorithms_enabled():
-        _scatter_rows[(B * T,)](dx, ids, dwte, dx.size(1), _block(dx.size(1)))
-    else:
-        dwte += torch.ops.aten.embedding_dense_backward(dx.to(dwte.dtype), ids.view(-1), len(dwte), -1, False)
-    by_place = dx.view(B, T, -1).sum(0, dtype=dwpe.dtype)
-    if add:
-        dwpe[:T] += by_place
-    else:
-        dwpe[:T] = by_place
+    dwte += torch.ops.aten.embedding_dense_backward(dx.to(dwte.dtype), ids.view(-1), len(dwte), -1, False)
+    sum_into(dwpe[:T], dx.view(B, T, C), 0, add)
+    if not add:
         dwpe[T:] = 0
+
+
+def sum_into(total, x, dim, add):
+    """The sum of x over a dimension, in total's dtype; added to what is there with `add`."""
+    if add:
+        total += x.sum(dim, dtype=total.dtype)
+    else:
+        torch.sum(x, dim, dtype=total.dtype, out=total)
 
 
 # ---- residual stream and LayerNorm -------------------------------------------------------------------------------
@@ -198,20 +205,21 @@ def _has_gelu_in_matmul(x, w):
 
 # ---- cross-entropy -----------------------------------------------------------------------------------------------
 
-def cross_entropy_(logits, targets, losses, scale, n_tokens, gradient):
+def cross_entropy_(logits, targets, losses, share, counted, n_tokens, gradient):
     """
     The loss of each row, and over the logits their gradient.
 
     logits    (M, V or more), columns from n_tokens on are no tokens; with `gradient` changed to
-              scale * (softmax - target)
+              share / counted * (softmax - target)
     targets   (M) int64; rows with -1 have loss and gradient 0
     losses    (M) float32 or wider, takes the losses in nats
-    scale     0-d tensor
+    share     a number
+    counted   0-d tensor, int64
     """
     M, width = logits.shape
     if logits.is_cuda:
         lanes = min(4096, _block(width))
-        _cross_entropy[(M,)](logits, targets, losses, scale, n_tokens, width, 2, lanes, gradient,
+        _cross_entropy[(M,)](logits, targets, losses, share, counted, n_tokens, width, 2, lanes, gradient,
                              num_warps=max(1, min(16, lanes // 128)))
         return
     wide = logits[:, :n_tokens].to(losses.dtype)
@@ -219,7 +227,7 @@ def cross_entropy_(logits, targets, losses, scale, n_tokens, gradient):
     if gradient:
         d = wide.softmax(1)
         d[torch.arange(M), targets.clamp(min=0)] -= 1
-        logits.zero_()[:, :n_tokens] = d * (targets != -1)[:, None] * scale
+        logits.zero_()[:, :n_tokens] = d * (targets != -1)[:, None] * (share / counted)
 
 
 # ---- optimiser ---------------------------------------------------------------------------------------------------
@@ -288,12 +296,25 @@ if triton:
             value *= _kept(seed, at, threshold, scale)
         tl.store(x + at, value, mask=c < C)
 
-    @triton.jit
-    def _scatter_rows(dx, ids, dwte, C, BLOCK: tl.constexpr):
-        row, c = tl.program_id(0), tl.arange(0, BLOCK)
-        token = tl.load(ids + row)
-        tl.atomic_add(dwte + token * C + c, tl.load(dx + row * C + c, mask=c < C).to(tl.float32), mask=c < C,
-                      sem='relaxed')
+    @triton.jit(do_not_specialize=['threshold'])
+    def _embed_backward(dx, ids, dwte, dwpe, seed, B, T, C, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                        ADD: tl.constexpr, DROPOUT: tl.constexpr):
+        place, c = tl.program_id(0), tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, tl.where(place < T, B, 0), ROWS):
+            b = first + tl.arange(0, ROWS)[:, None]
+            row, inside = b * T + place, (b < B) & (c < C)[None, :]
+            at = row * C + c[None, :]
+            value = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
+            if DROPOUT:
+                value *= _kept(seed, at, threshold, scale)
+            token = tl.load(ids + row, mask=b < B, other=0)
+            tl.atomic_add(dwte + token * C + c[None, :], value, mask=inside, sem='relaxed')
+            total += tl.sum(value, 0)
+        here = dwpe + place * C + c
+        if ADD:
+            total += tl.load(here, mask=c < C)
+        tl.store(here, total, mask=c < C)
 
     @triton.jit(do_not_specialize=['threshold'])
     def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, tiny, ROWS: tl.constexpr,
@@ -389,7 +410,7 @@ if triton:
             tl.store(again + at, value * below, mask=at < n)
 
     @triton.jit
-    def _cross_entropy(logits, targets, losses, scale, V, width, ROWS: tl.constexpr, LANES: tl.constexpr,
+    def _cross_entropy(logits, targets, losses, share, counted, V, width, ROWS: tl.constexpr, LANES: tl.constexpr,
                        GRADIENT: tl.constexpr):
         row = tl.program_id(0)
         logits += row.to(tl.int64) * width
@@ -411,7 +432,7 @@ if triton:
         lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
         tl.store(losses + row, tl.where(counts, lse / log2e - right, 0.0))
         if GRADIENT:
-            factor = tl.where(counts, tl.load(scale), 0.0)
+            factor = tl.where(counts, share / tl.load(counted).to(tl.float32), 0.0)
             tl.debug_barrier() # the target's logit has been read before it is written over
             for first in range(0, width, ROWS * LANES):
                 c = first + tile
