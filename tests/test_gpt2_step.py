@@ -378,7 +378,24 @@ def test_the_optimiser_kernels_are_their_definitions(cuda):
         for g, w in zip(got, want):
             near(g, w, 1e-6)
         assert torch.equal(half, got[0].bfloat16() * go)
-    assert kernels.sum_of_squares(flat[0]).item() == pytest.approx(flat[0].double().square().sum().item(), rel=1e-5)
+    assert kernels.squares(flat[0]).sum().item() == pytest.approx(flat[0].double().square().sum().item(), rel=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize('t', [0, 1, 100_000])
+@pytest.mark.parametrize('grad_clip', [0.0, 1.0, 1e9])
+def test_the_plan_of_a_step_is_its_definition(grad_clip, t, cuda):
+    lr, parts = torch.tensor(6e-4, dtype=torch.float64, device=cuda), torch.rand(1056, device=cuda)
+    beta1 = 0.9 if t else 0.0
+    for spoil, bad in ((1.0, 0), (math.inf, 1), (math.nan, 1)):
+        parts[77] = spoil
+        got = [torch.full(n, value, device=cuda) for n, value in (((6,), math.nan), ((), math.nan), ((75,), float(t)))]
+        want = [x.double().cpu() for x in got]
+        kernels.plan_(*got, parts, lr, 0.1, grad_clip, beta1, 0.999)
+        kernels.plan_(*want, parts.double().cpu(), lr.cpu(), 0.1, grad_clip, beta1, 0.999)
+        assert got[1].item() == want[1].item() == bad and set(got[2].tolist()) == {t + 1 - bad}
+        known = [0, 1, 5] if bad else [0, 1, 2, 3, 4, 5] # nobody asks for the others then
+        torch.testing.assert_close(got[0][known].double().cpu(), want[0][known], rtol=1e-6, atol=0)
 
 
 @on_gpu

@@ -307,14 +307,9 @@ class TrainStep:
     def _update(self):
         group = self.optimizer.param_groups[0]
         (beta1, beta2), eps = group['betas'], group['eps']
-        norm = kernels.sum_of_squares(self.grads).sqrt()
-        good = norm.isfinite()
-        self.steps += good
-        t = self.steps[0].double()
-        factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1) if self.grad_clip else torch.ones_like(norm)
-        decay = torch.full_like(t, group['weight_decay'])
-        hyper = torch.stack([self.lr, decay, factor.double(), 1 - beta1 ** t, 1 - beta2 ** t, good.double()])
-        kernels.adamw_(self.params, self.copies, self.grads, self.exp_avg, self.exp_avg_sq, hyper.to(self.params.dtype),
-                       beta1, beta2, eps, self.undecayed)
-        self.bad.copy_(~good)
+        hyper = torch.empty(6, dtype=self.params.dtype, device=self.device)
+        kernels.plan_(hyper, self.bad, self.steps, kernels.squares(self.grads), self.lr, group['weight_decay'],
+                      self.grad_clip, beta1, beta2)
+        kernels.adamw_(self.params, self.copies, self.grads, self.exp_avg, self.exp_avg_sq, hyper, beta1, beta2, eps,
+                       self.undecayed)
         yield None

@@ -4,6 +4,8 @@ The passes over memory between a GPT's matmuls, each in one kernel and, beside i
 Every function runs its Triton kernel on a CUDA device and its plain definition elsewhere, in any float dtype.
 M rows (tokens), C channels, V vocabulary. `seed` is a device tensor of one int64; a mask depends on seed and place.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -232,13 +234,39 @@ def cross_entropy_(logits, targets, losses, share, counted, n_tokens, gradient):
 
 # ---- optimiser ---------------------------------------------------------------------------------------------------
 
-def sum_of_squares(x):
-    """The sum of the squares of x, (n), as a 0-d tensor; the same bits every time."""
+def squares(x):
+    """Parts whose sum is that of the squares of x, (n), as a tensor; the same bits every time."""
     if not x.is_cuda:
-        return x.square().sum()
+        return x.square().sum()[None]
     parts = torch.empty(4 * PROGRAMS, dtype=torch.float32, device=x.device)
-    _sum_of_squares[(4 * PROGRAMS,)](x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
-    return parts.sum()
+    _squares[(4 * PROGRAMS,)](x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
+    return parts
+
+
+def plan_(hyper, bad, steps, parts, lr, decay, grad_clip, beta1, beta2):
+    """
+    What adamw_ needs to know of a step.
+
+    hyper      (6), takes it
+    bad        0-d, takes 1 where the gradient is not finite, which leaves the steps as they are, and 0 otherwise
+    steps      (how many parameters), all alike, counted up
+    parts      of the square of the gradient's norm, as squares gives them
+    lr         0-d, the learning rate
+    grad_clip  the largest norm, 0 for any
+    """
+    if hyper.is_cuda:
+        logs = [math.log(beta or 1e-300) for beta in (beta1, beta2)] # float32 would be too coarse for a beta near 1
+        _plan[(1,)](hyper, bad, steps, parts, lr, decay, grad_clip, *logs, len(steps), len(parts), _block(len(steps)),
+                    _block(len(parts)))
+        return
+    norm = parts.sum().sqrt()
+    good = norm.isfinite()
+    steps += good
+    t = steps[0].double()
+    factor = (grad_clip / (norm + 1e-6)).clamp(max=1) if grad_clip else torch.ones_like(norm)
+    hyper.copy_(torch.stack([lr, torch.full_like(lr, decay), factor.double(), 1 - beta1 ** t, 1 - beta2 ** t,
+                             good.double()]))
+    bad.copy_(~good)
 
 
 def adamw_(p, half, grad, exp_avg, exp_avg_sq, hyper, beta1, beta2, eps, undecayed):
@@ -441,13 +469,30 @@ if triton:
                 tl.store(logits + c, d, mask=c < width, eviction_policy='evict_first')
 
     @triton.jit
-    def _sum_of_squares(x, parts, n, programs, BLOCK: tl.constexpr):
+    def _squares(x, parts, n, programs, BLOCK: tl.constexpr):
         total = tl.zeros((BLOCK,), tl.float32)
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, programs * BLOCK):
             at = first + tl.arange(0, BLOCK)
             value = tl.load(x + at, mask=at < n, other=0.0)
             total += value * value
         tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+
+    @triton.jit
+    def _plan(hyper, bad, steps, parts, lr, decay, grad_clip, log_beta1, log_beta2, n_steps, n_parts,
+              STEPS: tl.constexpr, PARTS: tl.constexpr):
+        at, i = tl.arange(0, STEPS), tl.arange(0, PARTS)
+        norm = tl.sqrt(tl.sum(tl.load(parts + i, mask=i < n_parts, other=0.0), 0))
+        good = tl.where(norm < float('inf'), 1.0, 0.0) # a NaN is less than nothing
+        t = tl.load(steps + at, mask=at < n_steps, other=0.0) + good
+        tl.store(steps + at, t, mask=at < n_steps)
+        t = tl.max(t, 0).to(tl.float64)
+        tl.store(hyper, tl.load(lr))
+        tl.store(hyper + 1, decay)
+        tl.store(hyper + 2, tl.where(grad_clip > 0, tl.minimum(grad_clip / (norm + 1e-6), 1.0), 1.0))
+        tl.store(hyper + 3, 1 - tl.exp(t * log_beta1))
+        tl.store(hyper + 4, 1 - tl.exp(t * log_beta2))
+        tl.store(hyper + 5, good)
+        tl.store(bad, 1 - good)
 
     @triton.jit
     def _adamw(p, half, grad, exp_avg, exp_avg_sq, hyper, n, undecayed, beta1, beta2, eps, BLOCK: tl.constexpr):
