@@ -193,7 +193,7 @@ def timed_ms(n):
 
 # what a GPU kernel's name says about its work; the first that fits counts
 KINDS = [('attention', r'attn|sdpa|flash|fmha'), ('cross-entropy', r'cross_entropy|log_softmax|nll'),
-         ('AdamW, clipping', r'adam|multi_tensor|sum_of_squares|norm_cub|LpNorm'),
+         ('AdamW, clipping', r'adam|multi_tensor|squares|_plan|norm_cub|LpNorm'),
          ('matmuls with GELU', r'linear_gelu'), ('GELU', r'gelu|erf'), ('LayerNorm, residual', r'norm|embed'),
          ('matmuls', r'nvjet|gemm|cublas|cutlass|splitK')]
 

@@ -83,6 +83,19 @@ def test_a_gradient_within_the_norm_is_not_clipped_and_0_clips_nothing(double):
         assert all(off(q, p) < 1e-9 for p, q in zip(plain.parameters(), model.parameters()))
 
 
+def test_a_norm_whose_weight_became_0_still_gets_its_gradient(double):
+    """Without a bias the backward reads what was normalised off the norm's output."""
+    plain, model, step = pair(vocab_size=65, bias=False)
+    for of in (plain, model):
+        for norm in (of.transformer.h[1].ln_1, of.transformer.h[2].ln_2, of.transformer.ln_f):
+            norm.weight.data[::5] = 0
+    x, y = batch(65)
+    plain(x, y)[1].backward()
+    step.forward_backward(x, y)
+    for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        assert off(q.grad, p.grad) < 1e-10 and (p.grad != 0).any(), name
+
+
 def test_the_gradient_with_dropout_is_the_slope_of_the_loss_under_the_same_masks(double):
     _, model, step = pair(vocab_size=65, dropout=0.3, bias=True)
     x, y = batch(65)
@@ -250,6 +263,7 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
     x, dx, branch = (torch.randn(M, C, device=cuda) for _ in range(3))
     branch = branch.bfloat16()
     weight, b = torch.randn(C, device=cuda), torch.randn(C, device=cuda) if bias else None
+    weight[::7] = 0
     seed, dh = torch.tensor([12345], device=cuda), torch.randn(M, C, device=cuda).bfloat16()
     mask = kernels.keep_mask(seed, (M, C), p) if p else torch.ones(M, C, device=cuda)
 
@@ -261,19 +275,41 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
         got = kernels.add_norm(x, some, weight, b, seed, p, torch.bfloat16)
         for g, w, allowed in zip(got, want, (1e-6, BF16, 1e-5)):
             near(g, w, allowed)
-    after, _, stats = kernels.add_norm(x, branch, weight, b, seed, p, torch.bfloat16)
+    after, h, stats = kernels.add_norm(x, branch, weight, b, seed, p, torch.bfloat16)
+    saved = after if bias else h
     for given in (dx, None):
         parts = [torch.full((kernels.PROGRAMS, C), math.nan, device=cuda) for _ in range(2)]
         exact = [torch.empty(kernels.PROGRAMS, C, dtype=torch.float64) for _ in range(2)]
         mine = None if given is None else given.clone()
-        got = kernels.norm_backward(dh, after, stats, weight, mine, seed, p, parts[0], parts[1] if bias else None)
-        want = kernels.norm_backward(wide(dh), wide(after), wide(stats), wide(weight), wide(given), None, 0.0,
-                                     exact[0], exact[1] if bias else None)
+        got = kernels.norm_backward(dh, saved, stats, weight, mine, seed, p, parts[0], parts[1] if bias else None,
+                                    torch.float32)
+        want = kernels.norm_backward(wide(dh), wide(saved), wide(stats), wide(weight), wide(given), None, 0.0,
+                                     exact[0], exact[1] if bias else None, torch.float64)
         near(got[0], want[0], 1e-5)
         near(got[1], want[0] * wide(mask), BF16)
         near(parts[0].sum(0), exact[0].sum(0), 1e-5)
         if bias:
             near(parts[1].sum(0), exact[1].sum(0), 1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize('p', [0.0, 0.3])
+@pytest.mark.parametrize('B, T, C', [(5, 37, 40), (1, 64, 1600), (8, 1, 768)])
+def test_the_embedding_kernels_are_their_definitions(B, T, C, p, cuda):
+    ids, seed = torch.randint(50, (B, T), device=cuda), torch.tensor([12345], device=cuda)
+    wte, wpe, dx = (torch.randn(n, C, device=cuda) for n in (50, 64, B * T))
+
+    def wide(t):
+        return t.double().cpu()
+    near(kernels.embed(ids, wte, wpe, seed, p, torch.float32),
+         kernels.embed(ids.cpu(), wide(wte), wide(wpe), seed.cpu(), p, torch.float64), 1e-6)
+    for add in (False, True):
+        got = [torch.full_like(w, 3.0) for w in (wte, wpe)]
+        want = [wide(w) for w in got]
+        kernels.embed_backward(dx, ids, seed, p, *got, add)
+        kernels.embed_backward(wide(dx), ids.cpu(), seed.cpu(), p, *want, add)
+        for g, w in zip(got, want):
+            near(g, w, 1e-6)
 
 
 @on_gpu
@@ -313,19 +349,19 @@ def test_the_cross_entropy_kernel_is_its_definition(V, width, cuda):
     logits, targets = (3 * torch.randn(301, width, device=cuda)).bfloat16(), torch.randint(V, (301,), device=cuda)
     targets[::7] = -1
     logits[:, V:] = 50 # no token's
-    scale = torch.tensor(0.25, device=cuda)
+    counted = torch.tensor(4, device=cuda)
     got, want = logits.clone(), logits.double().cpu()
     losses, exact = torch.full((301,), math.nan, device=cuda), torch.empty(301, dtype=torch.float64)
-    kernels.cross_entropy_(got, targets, losses, scale, V, False)
+    kernels.cross_entropy_(got, targets, losses, 0.5, counted, V, False)
     assert torch.equal(got, logits), "without the gradient nothing is written"
     near(losses, torch.nn.functional.cross_entropy(want[:, :V], targets.cpu(), ignore_index=-1, reduction='none'), 1e-5)
-    kernels.cross_entropy_(got, targets, losses, scale, V, True)
-    kernels.cross_entropy_(want, targets.cpu(), exact, scale.double().cpu(), V, True)
+    kernels.cross_entropy_(got, targets, losses, 0.5, counted, V, True)
+    kernels.cross_entropy_(want, targets.cpu(), exact, 0.5, counted.cpu(), V, True)
     near(losses, exact, 1e-5)
     near(got, want, BF16)
     assert (got[::7] == 0).all() and (got[:, V:] == 0).all()
     logits[5, 3] = math.nan
-    kernels.cross_entropy_(logits, targets, losses, scale, V, True)
+    kernels.cross_entropy_(logits, targets, losses, 0.5, counted, V, True)
     assert losses[5].isnan() and losses.isnan().sum() == 1
 
 
@@ -342,7 +378,24 @@ def test_the_optimiser_kernels_are_their_definitions(cuda):
         for g, w in zip(got, want):
             near(g, w, 1e-6)
         assert torch.equal(half, got[0].bfloat16() * go)
-    assert kernels.sum_of_squares(flat[0]).item() == pytest.approx(flat[0].double().square().sum().item(), rel=1e-5)
+    assert kernels.squares(flat[0]).sum().item() == pytest.approx(flat[0].double().square().sum().item(), rel=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize('t', [0, 1, 100_000])
+@pytest.mark.parametrize('grad_clip', [0.0, 1.0, 1e9])
+def test_the_plan_of_a_step_is_its_definition(grad_clip, t, cuda):
+    lr, parts = torch.tensor(6e-4, dtype=torch.float64, device=cuda), torch.rand(1056, device=cuda)
+    beta1 = 0.9 if t else 0.0
+    for spoil, bad in ((1.0, 0), (math.inf, 1), (math.nan, 1)):
+        parts[77] = spoil
+        got = [torch.full(n, value, device=cuda) for n, value in (((6,), math.nan), ((), math.nan), ((75,), float(t)))]
+        want = [x.double().cpu() for x in got]
+        kernels.plan_(*got, parts, lr, 0.1, grad_clip, beta1, 0.999)
+        kernels.plan_(*want, parts.double().cpu(), lr.cpu(), 0.1, grad_clip, beta1, 0.999)
+        assert got[1].item() == want[1].item() == bad and set(got[2].tolist()) == {t + 1 - bad}
+        known = [0, 1, 5] if bad else [0, 1, 2, 3, 4, 5] # nobody asks for the others then
+        torch.testing.assert_close(got[0][known].double().cpu(), want[0][known], rtol=1e-6, atol=0)
 
 
 @on_gpu

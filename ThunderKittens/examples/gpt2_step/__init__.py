@@ -191,8 +191,10 @@ class TrainStep:
         return x @ w.t() if b is None else torch.addmm(b, x, w.t())
 
     def _add_norm(self, stream, branch, norm, seed, p):
+        """The stream after, its LayerNorm, and of those what the backward needs besides."""
         weight, bias = self.w[f'{norm}.weight'], self.w.get(f'{norm}.bias')
-        return kernels.add_norm(stream, branch, weight, bias, seed, p, self.half)
+        stream, h, stats = kernels.add_norm(stream, branch, weight, bias, seed, p, self.half)
+        return stream, h, (h if bias is None else stream, stats)
 
     def _forward(self, x, p, keep):
         """What the head reads, (B T, C), and with `keep` what the backward needs."""
@@ -205,21 +207,21 @@ class TrainStep:
         branch, layers = None, []
         for i in range(L):
             block, k = f'transformer.h.{i}', {}
-            stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_1', seeds[2 * i], p)
-            k.update(x1=stream, h1=h, stats1=stats)
+            stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_1', seeds[2 * i], p)
+            k.update(h1=h, saved1=saved)
             qkv = self._linear(h, f'{block}.attn.c_attn').view(B, T, -1).requires_grad_(keep)
             with torch.set_grad_enabled(keep):
                 y = self.attention(qkv, self.config.n_head, p) # (B, T, C)
             k.update(qkv=qkv, y=y)
             branch = self._linear(y.detach().view(B * T, -1), f'{block}.attn.c_proj')
-            stream, h, stats = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
+            stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
             w, b = self.half_w[f'{block}.mlp.c_fc.weight'], self.half_w.get(f'{block}.mlp.c_fc.bias')
             before, act = kernels.linear_gelu(h, w, b, tanh) # (B T, 4C) each
-            k.update(x2=stream, h2=h, stats2=stats, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
+            k.update(h2=h, saved2=saved, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
             branch = self._linear(act, f'{block}.mlp.c_proj')
             layers += [k] if keep else []
-        stream, h, stats = self._add_norm(stream, branch, 'transformer.ln_f', seeds[2 * L], p)
-        return h, (seeds, layers, stream, stats)
+        stream, h, saved = self._add_norm(stream, branch, 'transformer.ln_f', seeds[2 * L], p)
+        return h, (seeds, layers, saved)
 
     def _head(self, h, targets, share=None, add=False):
         """
@@ -228,17 +230,17 @@ class TrainStep:
         """
         targets = targets.reshape(-1)
         losses = torch.empty(len(h), dtype=self.loss.dtype, device=h.device)
-        one = 1 / (targets != -1).sum().to(losses.dtype)
+        counted = (targets != -1).sum()
         dh = None if share is None else torch.empty_like(h)
         for i in range(0, len(h), HEAD_ROWS):
             rows = slice(i, i + HEAD_ROWS)
             logits = h[rows] @ self.head.t() # (rows, V)
-            kernels.cross_entropy_(logits, targets[rows], losses[rows], one * (share or 0.0), self.config.vocab_size,
+            kernels.cross_entropy_(logits, targets[rows], losses[rows], share or 0.0, counted, self.config.vocab_size,
                                    share is not None)
             if share is not None:
                 torch.mm(logits, self.head, out=dh[rows])
                 self._weight_grad(self.dhead, logits, h[rows], add or i > 0)
-        self.loss.copy_(losses.sum() * one)
+        torch.div(losses.sum(), counted, out=self.loss)
         return dh
 
     def _evaluate(self, x, y):
@@ -259,21 +261,20 @@ class TrainStep:
         """The gradients of a _linear's weight and bias: dy (M, out), x (M, in)."""
         self._weight_grad(self.g[f'{name}.weight'], dy, x, add)
         if f'{name}.bias' in self.g:
-            grad = self.g[f'{name}.bias']
-            grad.copy_(dy.sum(0, dtype=grad.dtype) + (grad if add else 0))
+            kernels.sum_into(self.g[f'{name}.bias'], dy, 0, add)
 
-    def _norm_backward(self, n, norm, dh, x, stats, dx, seed, p):
+    def _norm_backward(self, n, norm, dh, saved, dx, seed, p):
         parts = [part[n] for part in self.norm_parts] + [None]
-        return kernels.norm_backward(dh, x, stats, self.w[f'{norm}.weight'], dx, seed, p, *parts[:2])
+        return kernels.norm_backward(dh, *saved, self.w[f'{norm}.weight'], dx, seed, p, *parts[:2], self.residual)
 
     def _forward_backward(self, x, y, share, add):
         """Yields the parts of self.grads as they are finished, the last layers' first."""
         p, L, tanh = self.config.dropout, self.config.n_layer, self.config.gelu == 'tanh'
-        h, (seeds, layers, stream, stats) = self._forward(x, p, keep=True)
+        h, (seeds, layers, saved) = self._forward(x, p, keep=True)
         dh = self._head(h, y, share, add)
         # dx: the gradient of the residual stream, d: of the branch that was added to it
-        dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, stream, stats, None, seeds[2 * L], p)
-        del h, dh, stream, stats
+        dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, saved, None, seeds[2 * L], p)
+        del h, dh, saved
         end = len(self.grads)
         for i in reversed(range(L)):
             block, k = f'transformer.h.{i}', layers.pop()
@@ -283,21 +284,21 @@ class TrainStep:
             self._weight_grads(f'{block}.mlp.c_fc', dbefore, k['h2'], add)
             dh = dbefore @ self.half_w[f'{block}.mlp.c_fc.weight']
             del act, dbefore
-            dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['x2'], k['stats2'], dx, seeds[2 * i + 1], p)
+            dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['saved2'], dx, seeds[2 * i + 1], p)
             self._weight_grads(f'{block}.attn.c_proj', d, k['y'].detach().view(len(d), -1), add)
             dy = d @ self.half_w[f'{block}.attn.c_proj.weight']
             dqkv, = torch.autograd.grad(k['y'], k['qkv'], dy.view(k['y'].shape))
             dqkv = dqkv.view(len(d), -1)
             self._weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'], add)
             dh = dqkv @ self.half_w[f'{block}.attn.c_attn.weight']
-            dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['x1'], k['stats1'], dx, seeds[2 * i], p)
+            dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['saved1'], dx, seeds[2 * i], p)
             if self.world_size > 1 and i in (L // 2, 0): # a piece of its own only where somebody waits for it
                 start = self.first[f'{block}.attn.c_attn.weight']
                 yield self.grads[start:end]
                 end = start
         kernels.embed_backward(dx, x, seeds[0], p, self.dhead, self.g['transformer.wpe.weight'], add)
         for grad, parts in zip(self.norm_grads, self.norm_parts):
-            grad.copy_(parts.sum(1) + (grad if add else 0))
+            kernels.sum_into(grad, parts, 1, add)
         self.grads[0] += 0 * self.loss # a loss that is not finite makes a gradient so, on every process
         yield self.grads[:end]
 
@@ -306,14 +307,9 @@ class TrainStep:
     def _update(self):
         group = self.optimizer.param_groups[0]
         (beta1, beta2), eps = group['betas'], group['eps']
-        norm = kernels.sum_of_squares(self.grads).sqrt()
-        good = norm.isfinite()
-        self.steps += good
-        t = self.steps[0].double()
-        factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1) if self.grad_clip else torch.ones_like(norm)
-        decay = torch.full_like(t, group['weight_decay'])
-        hyper = torch.stack([self.lr, decay, factor.double(), 1 - beta1 ** t, 1 - beta2 ** t, good.double()])
-        kernels.adamw_(self.params, self.copies, self.grads, self.exp_avg, self.exp_avg_sq, hyper.to(self.params.dtype),
-                       beta1, beta2, eps, self.undecayed)
-        self.bad.copy_(~good)
+        hyper = torch.empty(6, dtype=self.params.dtype, device=self.device)
+        kernels.plan_(hyper, self.bad, self.steps, kernels.squares(self.grads), self.lr, group['weight_decay'],
+                      self.grad_clip, beta1, beta2)
+        kernels.adamw_(self.params, self.copies, self.grads, self.exp_avg, self.exp_avg_sq, hyper, beta1, beta2, eps,
+                       self.undecayed)
         yield None

@@ -4,6 +4,8 @@ The passes over memory between a GPT's matmuls, each in one kernel and, beside i
 Every function runs its Triton kernel on a CUDA device and its plain definition elsewhere, in any float dtype.
 M rows (tokens), C channels, V vocabulary. `seed` is a device tensor of one int64; a mask depends on seed and place.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +18,7 @@ except ImportError: # comes with torch for CUDA; the plain definitions need none
     triton = None
 
 EPS = 1e-5 # of LayerNorm
+TINY = 1e-30 # what a smaller weight of a LayerNorm counts as, so that the output still tells what was normalised
 PROGRAMS = 264 # of a kernel that sums over rows: two for each of an H100's 132 SMs
 
 
@@ -69,18 +72,25 @@ def embed(ids, wte, wpe, seed, p, dtype):
 def embed_backward(dx, ids, seed, p, dwte, dwpe, add):
     """dx (B T, C) into dwte (V, C), which is added to, and dwpe (block_size, C): set, or added to with `add`."""
     B, T = ids.shape
+    C = dx.size(1)
+    if dx.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        _embed_backward[(len(dwpe),)](dx, ids, dwte, dwpe, seed, B, T, C, *_threshold(p), 4, _block(C), add, p > 0,
+                                      num_warps=_warps(4 * _block(C)))
+        return
     if p:
         dx = dx * keep_mask(seed, dx.shape, p).to(dx.dtype)
-    if dx.is_cuda and not torch.are_deterministic_algorithms_enabled():
-        _scatter_rows[(B * T,)](dx, ids, dwte, dx.size(1), _block(dx.size(1)))
-    else:
-        dwte += torch.ops.aten.embedding_dense_backward(dx.to(dwte.dtype), ids.view(-1), len(dwte), -1, False)
-    by_place = dx.view(B, T, -1).sum(0, dtype=dwpe.dtype)
-    if add:
-        dwpe[:T] += by_place
-    else:
-        dwpe[:T] = by_place
+    dwte += torch.ops.aten.embedding_dense_backward(dx.to(dwte.dtype), ids.view(-1), len(dwte), -1, False)
+    sum_into(dwpe[:T], dx.view(B, T, C), 0, add)
+    if not add:
         dwpe[T:] = 0
+
+
+def sum_into(total, x, dim, add):
+    """The sum of x over a dimension, in total's dtype; added to what is there with `add`."""
+    if add:
+        total += x.sum(dim, dtype=total.dtype)
+    else:
+        torch.sum(x, dim, dtype=total.dtype, out=total)
 
 
 # ---- residual stream and LayerNorm -------------------------------------------------------------------------------
@@ -100,8 +110,8 @@ def add_norm(x, branch, weight, bias, seed, p, half):
         h = torch.empty(M, C, dtype=half, device=x.device)
         stats = torch.empty(M, 2, dtype=torch.float32, device=x.device)
         rows = 4 if C <= 1024 else 2
-        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS, rows,
-                                    _block(C), branch is not None, bias is not None, p > 0,
+        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS, TINY,
+                                    rows, _block(C), branch is not None, bias is not None, p > 0,
                                     num_warps=_warps(rows * _block(C)))
         return after, h, stats
     if branch is not None:
@@ -109,33 +119,41 @@ def add_norm(x, branch, weight, bias, seed, p, half):
     wide = torch.promote_types(x.dtype, torch.float32)
     var, mean = torch.var_mean(x.to(wide), dim=1, keepdim=True, correction=0)
     stats = torch.cat((mean, (var + EPS).rsqrt()), dim=1)
-    return x, F.layer_norm(x.to(wide), (C,), weight, bias, EPS).to(half), stats
+    return x, F.layer_norm(x.to(wide), (C,), _not_0(weight), bias, EPS).to(half), stats
 
 
-def norm_backward(dh, x, stats, weight, dx, seed, p, dweight, dbias):
+def _not_0(weight):
+    return torch.where(weight.abs() < TINY, TINY, weight)
+
+
+def norm_backward(dh, saved, stats, weight, dx, seed, p, dweight, dbias, residual):
     """
     The gradient of the residual stream through add_norm.
 
-    dh       (M, C), of the LayerNorm's output
-    dx       (M, C) or None, of the stream after; changed in place
-    dweight  (PROGRAMS, C), takes parts whose sum over the first axis is the weight's gradient; dbias likewise or None
-    returns  (dx, of x's dtype; the gradient of the branch, (M, C) of dh's dtype)
+    dh        (M, C), of the LayerNorm's output
+    saved     (M, C), that output if it has no bias, for it is half as long to read, else the stream after
+    dx        (M, C) or None, of the stream after; changed in place
+    dweight   (PROGRAMS, C), takes parts whose sum over the first axis is the weight's gradient; dbias likewise, None
+              without a bias
+    residual  dtype of the stream
+    returns   (dx, of dtype `residual`; the gradient of the branch, (M, C) of dh's dtype)
     """
-    M, C = x.shape
-    if x.is_cuda:
-        out, dbranch = torch.empty_like(x) if dx is None else dx, torch.empty_like(dh)
+    M, C = dh.shape
+    if dh.is_cuda:
+        out, dbranch = torch.empty_like(dh, dtype=residual) if dx is None else dx, torch.empty_like(dh)
         rows = 4 if C <= 1024 else 2
-        _norm_backward[(PROGRAMS,)](dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, *_threshold(p),
-                                    rows, _block(C), dx is not None, dbias is not None, p > 0,
+        _norm_backward[(PROGRAMS,)](dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C,
+                                    *_threshold(p), TINY, rows, _block(C), dx is not None, dbias is not None, p > 0,
                                     num_warps=_warps(rows * _block(C)))
         return out, dbranch
     mean, rstd = stats[:, :1], stats[:, 1:]
-    normed, dnormed = (x - mean) * rstd, dh.to(stats.dtype) * weight
+    normed = saved / _not_0(weight) if dbias is None else (saved - mean) * rstd
+    dnormed = dh.to(stats.dtype) * weight
     dweight.zero_()[0] = (dh * normed).sum(0)
     if dbias is not None:
         dbias.zero_()[0] = dh.to(stats.dtype).sum(0)
     through = rstd * (dnormed - dnormed.mean(1, keepdim=True) - normed * (dnormed * normed).mean(1, keepdim=True))
-    dx = through.to(x.dtype) if dx is None else dx.add_(through)
+    dx = through.to(residual) if dx is None else dx.add_(through)
     return dx, (dx * keep_mask(seed, dx.shape, p) if p else dx).to(dh.dtype)
 
 
@@ -189,20 +207,21 @@ def _has_gelu_in_matmul(x, w):
 
 # ---- cross-entropy -----------------------------------------------------------------------------------------------
 
-def cross_entropy_(logits, targets, losses, scale, n_tokens, gradient):
+def cross_entropy_(logits, targets, losses, share, counted, n_tokens, gradient):
     """
     The loss of each row, and over the logits their gradient.
 
     logits    (M, V or more), columns from n_tokens on are no tokens; with `gradient` changed to
-              scale * (softmax - target)
+              share / counted * (softmax - target)
     targets   (M) int64; rows with -1 have loss and gradient 0
     losses    (M) float32 or wider, takes the losses in nats
-    scale     0-d tensor
+    share     a number
+    counted   0-d tensor, int64
     """
     M, width = logits.shape
     if logits.is_cuda:
         lanes = min(4096, _block(width))
-        _cross_entropy[(M,)](logits, targets, losses, scale, n_tokens, width, 2, lanes, gradient,
+        _cross_entropy[(M,)](logits, targets, losses, share, counted, n_tokens, width, 2, lanes, gradient,
                              num_warps=max(1, min(16, lanes // 128)))
         return
     wide = logits[:, :n_tokens].to(losses.dtype)
@@ -210,18 +229,44 @@ def cross_entropy_(logits, targets, losses, scale, n_tokens, gradient):
     if gradient:
         d = wide.softmax(1)
         d[torch.arange(M), targets.clamp(min=0)] -= 1
-        logits.zero_()[:, :n_tokens] = d * (targets != -1)[:, None] * scale
+        logits.zero_()[:, :n_tokens] = d * (targets != -1)[:, None] * (share / counted)
 
 
 # ---- optimiser ---------------------------------------------------------------------------------------------------
 
-def sum_of_squares(x):
-    """The sum of the squares of x, (n), as a 0-d tensor; the same bits every time."""
+def squares(x):
+    """Parts whose sum is that of the squares of x, (n), as a tensor; the same bits every time."""
     if not x.is_cuda:
-        return x.square().sum()
+        return x.square().sum()[None]
     parts = torch.empty(4 * PROGRAMS, dtype=torch.float32, device=x.device)
-    _sum_of_squares[(4 * PROGRAMS,)](x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
-    return parts.sum()
+    _squares[(4 * PROGRAMS,)](x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
+    return parts
+
+
+def plan_(hyper, bad, steps, parts, lr, decay, grad_clip, beta1, beta2):
+    """
+    What adamw_ needs to know of a step.
+
+    hyper      (6), takes it
+    bad        0-d, takes 1 where the gradient is not finite, which leaves the steps as they are, and 0 otherwise
+    steps      (how many parameters), all alike, counted up
+    parts      of the square of the gradient's norm, as squares gives them
+    lr         0-d, the learning rate
+    grad_clip  the largest norm, 0 for any
+    """
+    if hyper.is_cuda:
+        logs = [math.log(beta or 1e-300) for beta in (beta1, beta2)] # float32 would be too coarse for a beta near 1
+        _plan[(1,)](hyper, bad, steps, parts, lr, decay, grad_clip, *logs, len(steps), len(parts), _block(len(steps)),
+                    _block(len(parts)))
+        return
+    norm = parts.sum().sqrt()
+    good = norm.isfinite()
+    steps += good
+    t = steps[0].double()
+    factor = (grad_clip / (norm + 1e-6)).clamp(max=1) if grad_clip else torch.ones_like(norm)
+    hyper.copy_(torch.stack([lr, torch.full_like(lr, decay), factor.double(), 1 - beta1 ** t, 1 - beta2 ** t,
+                             good.double()]))
+    bad.copy_(~good)
 
 
 def adamw_(p, half, grad, exp_avg, exp_avg_sq, hyper, beta1, beta2, eps, undecayed):
@@ -279,15 +324,28 @@ if triton:
             value *= _kept(seed, at, threshold, scale)
         tl.store(x + at, value, mask=c < C)
 
-    @triton.jit
-    def _scatter_rows(dx, ids, dwte, C, BLOCK: tl.constexpr):
-        row, c = tl.program_id(0), tl.arange(0, BLOCK)
-        token = tl.load(ids + row)
-        tl.atomic_add(dwte + token * C + c, tl.load(dx + row * C + c, mask=c < C).to(tl.float32), mask=c < C,
-                      sem='relaxed')
+    @triton.jit(do_not_specialize=['threshold'])
+    def _embed_backward(dx, ids, dwte, dwpe, seed, B, T, C, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                        ADD: tl.constexpr, DROPOUT: tl.constexpr):
+        place, c = tl.program_id(0), tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, tl.where(place < T, B, 0), ROWS):
+            b = first + tl.arange(0, ROWS)[:, None]
+            row, inside = b * T + place, (b < B) & (c < C)[None, :]
+            at = row * C + c[None, :]
+            value = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
+            if DROPOUT:
+                value *= _kept(seed, at, threshold, scale)
+            token = tl.load(ids + row, mask=b < B, other=0)
+            tl.atomic_add(dwte + token * C + c[None, :], value, mask=inside, sem='relaxed')
+            total += tl.sum(value, 0)
+        here = dwpe + place * C + c
+        if ADD:
+            total += tl.load(here, mask=c < C)
+        tl.store(here, total, mask=c < C)
 
     @triton.jit(do_not_specialize=['threshold'])
-    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, ROWS: tl.constexpr,
+    def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, tiny, ROWS: tl.constexpr,
                   BLOCK: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -302,7 +360,8 @@ if triton:
         mean = tl.sum(value, 1, keep_dims=True) / C
         off = tl.where(c < C, value - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(off * off, 1, keep_dims=True) / C + eps)
-        out = off * rstd * tl.load(weight + c, mask=c < C)
+        w = tl.load(weight + c, mask=c < C, other=1.0)
+        out = off * rstd * tl.where(tl.abs(w) < tiny, tiny, w)
         if BIAS:
             out += tl.load(bias + c, mask=c < C)
         tl.store(h + at, out, mask=inside)
@@ -310,23 +369,27 @@ if triton:
         tl.store(stats + row * 2 + 1, rstd, mask=row < M)
 
     @triton.jit(do_not_specialize=['threshold'])
-    def _norm_backward(dh, x, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, threshold, scale,
+    def _norm_backward(dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, threshold, scale, tiny,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, BIAS: tl.constexpr,
                        DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
-        w = tl.load(weight + c, mask=c < C, other=0.0)
+        w = tl.load(weight + c, mask=c < C, other=1.0)
+        back = 1 / tl.where(tl.abs(w) < tiny, tiny, w)
         sum_w = tl.zeros((ROWS, BLOCK), tl.float32)
         sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
             row = first + tl.arange(0, ROWS)[:, None]
             at, inside = row * C + c, (row < M) & (c < C)
             g = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(saved + at, mask=inside, other=0.0).to(tl.float32)
             if DX:
                 stream = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
-            mean = tl.load(stats + row * 2, mask=row < M, other=0.0)
             rstd = tl.load(stats + row * 2 + 1, mask=row < M, other=0.0)
-            normed = tl.where(inside, (value - mean) * rstd, 0.0)
+            if BIAS:
+                mean = tl.load(stats + row * 2, mask=row < M, other=0.0)
+                normed = tl.where(inside, (value - mean) * rstd, 0.0)
+            else:
+                normed = value * back
             sum_w += g * normed
             if BIAS:
                 sum_b += g
@@ -375,7 +438,7 @@ if triton:
             tl.store(again + at, value * below, mask=at < n)
 
     @triton.jit
-    def _cross_entropy(logits, targets, losses, scale, V, width, ROWS: tl.constexpr, LANES: tl.constexpr,
+    def _cross_entropy(logits, targets, losses, share, counted, V, width, ROWS: tl.constexpr, LANES: tl.constexpr,
                        GRADIENT: tl.constexpr):
         row = tl.program_id(0)
         logits += row.to(tl.int64) * width
@@ -397,7 +460,7 @@ if triton:
         lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
         tl.store(losses + row, tl.where(counts, lse / log2e - right, 0.0))
         if GRADIENT:
-            factor = tl.where(counts, tl.load(scale), 0.0)
+            factor = tl.where(counts, share / tl.load(counted).to(tl.float32), 0.0)
             tl.debug_barrier() # the target's logit has been read before it is written over
             for first in range(0, width, ROWS * LANES):
                 c = first + tile
@@ -406,13 +469,30 @@ if triton:
                 tl.store(logits + c, d, mask=c < width, eviction_policy='evict_first')
 
     @triton.jit
-    def _sum_of_squares(x, parts, n, programs, BLOCK: tl.constexpr):
+    def _squares(x, parts, n, programs, BLOCK: tl.constexpr):
         total = tl.zeros((BLOCK,), tl.float32)
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, programs * BLOCK):
             at = first + tl.arange(0, BLOCK)
             value = tl.load(x + at, mask=at < n, other=0.0)
             total += value * value
         tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+
+    @triton.jit
+    def _plan(hyper, bad, steps, parts, lr, decay, grad_clip, log_beta1, log_beta2, n_steps, n_parts,
+              STEPS: tl.constexpr, PARTS: tl.constexpr):
+        at, i = tl.arange(0, STEPS), tl.arange(0, PARTS)
+        norm = tl.sqrt(tl.sum(tl.load(parts + i, mask=i < n_parts, other=0.0), 0))
+        good = tl.where(norm < float('inf'), 1.0, 0.0) # a NaN is less than nothing
+        t = tl.load(steps + at, mask=at < n_steps, other=0.0) + good
+        tl.store(steps + at, t, mask=at < n_steps)
+        t = tl.max(t, 0).to(tl.float64)
+        tl.store(hyper, tl.load(lr))
+        tl.store(hyper + 1, decay)
+        tl.store(hyper + 2, tl.where(grad_clip > 0, tl.minimum(grad_clip / (norm + 1e-6), 1.0), 1.0))
+        tl.store(hyper + 3, 1 - tl.exp(t * log_beta1))
+        tl.store(hyper + 4, 1 - tl.exp(t * log_beta2))
+        tl.store(hyper + 5, good)
+        tl.store(bad, 1 - good)
 
     @triton.jit
     def _adamw(p, half, grad, exp_avg, exp_avg_sq, hyper, n, undecayed, beta1, beta2, eps, BLOCK: tl.constexpr):
