@@ -346,13 +346,21 @@ def test_calls_of_like_shape_share_their_graphs_and_nothing_else(exact_float32):
     calls_of_like_shape_share_their_tensors_and_nothing_else('cuda')
 
 
+SOME_LOGITS = {
+    'normal': lambda x: x, 'near equal ones': lambda x: x.round(), 'of bfloat16': lambda x: x.bfloat16().float(),
+    'mostly impossible': lambda x: x.masked_fill(torch.arange(x.size(1), device=x.device) > 60, -float('inf')),
+    'one far off': lambda x: x.index_fill(1, torch.tensor([7], device=x.device), 1e30)}
+
+
 @pytest.mark.gpu
-def test_noise_is_the_same_in_one_kernel_as_in_torch(monkeypatch):
-    logits, seeds = torch.randn(37, 5003, device='cuda'), row_seeds(5, 37, 'cuda')
-    with_kernel = [pick(logits, seeds, place, top_k=100) for place in range(20)]
+@pytest.mark.parametrize('kind', SOME_LOGITS)
+@pytest.mark.parametrize('top_k', [1, 2, 100, 4000])
+def test_tokens_are_the_same_by_kernels_as_by_torch(kind, top_k, monkeypatch):
+    logits, seeds = SOME_LOGITS[kind](torch.randn(37, 5003, device='cuda')), row_seeds(5, 37, 'cuda')
+    with_kernel = [pick(logits, seeds, place, top_k=top_k) for place in range(20)]
     monkeypatch.setattr(decode, 'why_unavailable', lambda device_type='cuda': 'not now')
     for place, tokens in enumerate(with_kernel):
-        assert torch.equal(tokens, pick(logits, seeds, place, top_k=100))
+        assert torch.equal(tokens, pick(logits, seeds, place, top_k=top_k))
 
 
 @pytest.mark.gpu

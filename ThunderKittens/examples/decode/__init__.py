@@ -14,7 +14,7 @@ import shutil
 import torch
 
 FEW_ROWS = 2 # up to so many rows each reads the matrices for itself, through L2; above, a matrix product is faster
-PROGRAMS = 128 # work is cut until there are about so many programs, one a multiprocessor
+PROGRAMS = 192 # work is cut until there are about so many programs, one or two a multiprocessor
 
 
 @functools.cache
@@ -127,10 +127,10 @@ def matvec(x, linear, norm=None, lse=None, gelu=None, add_to=None):
     gain, shift = norm or (None, None)
     out = torch.empty(len(x), N, device=x.device) if add_to is None else add_to
     cols = power_of_two(K)
-    rows = max(1, min(8, 16384 // cols))
+    rows, warps = (4, 4) if cols == 2048 else (max(1, min(8, 16384 // cols)), 8) # gpt2-xl; the others'
     n_head, splits = lse.shape[1:] if lse is not None else (1, 1)
     launch('matvec', (-(-N // rows), len(x)), x, lse, gain, shift, weight, bias, out, N, K=K, HS=K // n_head,
-           SPLITS=splits, GELU=gelu, ADD=add_to is not None, ROWS=rows, COLS=cols, num_warps=8)
+           SPLITS=splits, GELU=gelu, ADD=add_to is not None, ROWS=rows, COLS=cols, num_warps=warps)
     return out
 
 

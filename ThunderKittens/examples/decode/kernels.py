@@ -220,7 +220,8 @@ def kth_largest(logits, stride, kth, V, TOP_K, log_k, COLS: tl.constexpr):
     The sort_key of a number that exactly the TOP_K largest of a row reach, or, of equal ones, more.  a program: one row
 
     Each turn counts how many reach a number between one that too many reach and one that too few do: where it would be
-    if the logarithm of the count fell evenly, as it nearly does far from the middle, and each third turn the middle.
+    if the logarithm of the count fell evenly, as it nearly does among the largest, and each third turn the middle. What
+    takes long, equal ones or numbers far apart, ends by halving what lies between as integers in the order of floats.
     """
     row, v = tl.program_id(0), tl.arange(0, COLS)
     x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
@@ -233,8 +234,9 @@ def kth_largest(logits, stride, kth, V, TOP_K, log_k, COLS: tl.constexpr):
     while (high - low > 1) & (reach_low > TOP_K):
         lower, upper = of_sort_key(low), of_sort_key(high)
         share = (tl.log2(reach_low) - log_k) / (tl.log2(reach_low) - tl.log2(reach_high))
-        guess = sort_key(lower + tl.minimum(tl.maximum(share, 0.02), 0.98) * (upper - lower)).to(tl.int64)
-        middle = tl.where(turn % 3 == 2, (low + high) >> 1, tl.minimum(tl.maximum(guess, low + 1), high - 1))
+        share = tl.where(turn % 3 == 2, 0.5, tl.minimum(tl.maximum(share, 0.02), 0.98))
+        guess = sort_key(lower + share * (upper - lower)).to(tl.int64)
+        middle = tl.where(turn < 20, tl.minimum(tl.maximum(guess, low + 1), high - 1), (low + high) >> 1)
         reached = tl.sum((key >= middle.to(tl.int32)).to(tl.float32), 0)
         enough, turn = reached >= TOP_K, turn + 1
         low, reach_low = tl.where(enough, middle, low), tl.where(enough, reached, reach_low)

@@ -377,7 +377,7 @@ if triton:
         back = 1 / tl.where(tl.abs(w) < tiny, tiny, w)
         sum_w = tl.zeros((ROWS, BLOCK), tl.float32)
         sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+        for first in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=2):
             row = first + tl.arange(0, ROWS)[:, None]
             at, inside = row * C + c, (row < M) & (c < C)
             g = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
