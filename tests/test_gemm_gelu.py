@@ -318,6 +318,21 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(dpre[tail], backward(x[tail].clone(), w.t().contiguous(), pre[tail].clone())[0])
 
 
+@device_test
+@pytest.mark.parametrize('K', [8, 64, 136])
+def test_many_tiles_of_few_steps(K):
+    """The warps that multiply are as far ahead of each other, and of those that finish, as they get."""
+    x, w, dy, w2 = random(40000, K), random(3000, K), random(40000, K), random(K, 3000)
+    pre, act = forward(x, w)
+    dpre, _ = backward(dy, w2, pre)
+    for _ in range(20):
+        again = forward(x, w)
+        assert torch.equal(again[0], pre) and torch.equal(again[1], act)
+        assert torch.equal(backward(dy, w2, pre)[0], dpre)
+    rows = slice(17000, 17300)
+    assert torch.equal(pre[rows], forward(x[rows].clone(), w)[0])
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 @device_test

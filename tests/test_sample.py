@@ -1,5 +1,6 @@
 """A checkpoint speaks: what it continues, what it never says, and what it needs for that."""
 import copy
+import gc
 import pickle
 import sys
 from pathlib import Path
@@ -344,6 +345,25 @@ def test_in_bfloat16_the_step_is_as_near_to_float32_as_the_whole_forward_is(B, e
 @pytest.mark.gpu
 def test_calls_of_like_shape_share_their_graphs_and_nothing_else(exact_float32):
     calls_of_like_shape_share_their_tensors_and_nothing_else('cuda')
+
+
+@pytest.mark.gpu
+def test_a_graph_that_is_garbage_does_not_break_a_capture():
+    old, x = [torch.cuda.CUDAGraph()], torch.zeros(3, device='cuda')
+    with torch.cuda.graph(old[0]):
+        x + 1
+    old.append(old)
+    gc.collect()
+    del old # as garbage, which only a collection finds
+    graph, often = torch.cuda.CUDAGraph(), gc.get_threshold()
+    try:
+        with decode.capture(graph):
+            gc.set_threshold(1)
+            x.add_(len([[] for _ in range(1000)]))
+    finally:
+        gc.set_threshold(*often)
+    graph.replay()
+    assert x.tolist() == [1000] * 3
 
 
 SOME_LOGITS = {

@@ -259,7 +259,8 @@ def said(*command):
 
 def measured_on(commit):
     """Card, versions and commit, in one line."""
-    driver, clocks = (said('nvidia-smi', f'--query-gpu={what}', '--format=csv,noheader')
+    card = f'--id=GPU-{torch.cuda.get_device_properties().uuid}'
+    driver, clocks = (said('nvidia-smi', card, f'--query-gpu={what}', '--format=csv,noheader')
                       for what in ('driver_version', 'clocks.sm,clocks.mem'))
     return (f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}, "
             f"cuDNN {torch.backends.cudnn.version()}, commit {commit or this_commit()}, clocks {clocks} at the end.")

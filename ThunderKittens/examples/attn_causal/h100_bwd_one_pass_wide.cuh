@@ -140,7 +140,10 @@ template <int D> KITTENS_DEVICE void wide_compute(wide_smem<D>& smem, const bwd_
         }
 #pragma unroll 1
         for (ring<shape::stages> slot = q; ahead < 2 * rank + 2; ahead++, slot.advance())
-            if (threadIdx.x == 0 && ahead < args.pieces) load_piece(slot.slot);
+            if (threadIdx.x == 0 && ahead < args.pieces) {
+                wait(smem.q_free[slot.slot], slot.parity ^ 1); // it is: each phase is waited for, as synccheck asks
+                load_piece(slot.slot);
+            }
     };
     const auto load_kv = [&]() KITTENS_INLINE {
         if (threadIdx.x == 0) {

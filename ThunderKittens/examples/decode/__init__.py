@@ -5,7 +5,9 @@ Every tensor of a step keeps its place and nothing of it waits for the host, so 
 are Triton's, which comes with torch: there is nothing to build. model.py holds the plain definition, Block.forward with
 a LayerCache, which is what runs on other devices.
 """
+import contextlib
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -39,6 +41,19 @@ def can_replay(device):
     return device.type == 'cuda'
 
 
+@contextlib.contextmanager
+def capture(graph, **options):
+    """torch.cuda.graph, in which no garbage is collected: should another graph be in it, its end breaks the capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode='thread_local', **options): # threads may copy meanwhile
+            yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def replayed(step):
     """
     A function that does what step() does, all of whose inputs and outputs are tensors that keep their places: the first
@@ -54,7 +69,7 @@ def replayed(step):
         if calls == 2:
             autocast = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
                                       cache_enabled=False) # its copies of weights would not outlive it
-            with autocast, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode='thread_local'):
+            with autocast, capture(graph, stream=torch.cuda.Stream()):
                 step()
         graph.replay()
     return call

@@ -15,7 +15,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from ThunderKittens.examples.attn_causal.bench import back_to_back_us, flushed_us, said, write_between_markers
+from ThunderKittens.examples.attn_causal.bench import back_to_back_us, flushed_us, measured_on, write_between_markers
 from ThunderKittens.examples.gemm_gelu import HERE, linear_gelu, linear_gelu_backward, why_unavailable
 from ThunderKittens.examples.gemm_gelu.reference import plain_linear_gelu, plain_linear_gelu_backward
 
@@ -111,11 +111,7 @@ def main():
     check()
     flush = torch.empty(256 << 20, dtype=torch.int8, device='cuda')
     results = measure(SHAPES[1:3] if options.quick else SHAPES, 1 if options.quick else 3, flush)
-    commit = options.commit or said('git', 'rev-parse', '--short', 'HEAD') or 'unknown'
-    driver = said('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
-    where = (f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}, "
-             f"commit {commit}.")
-    text = table(results, where)
+    text = table(results, measured_on(options.commit))
     print(text)
     if options.readme:
         write_between_markers(HERE / 'README.md', text)

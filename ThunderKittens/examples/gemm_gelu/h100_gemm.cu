@@ -40,7 +40,7 @@ template <bool forward> struct gemm_smem {
     b_tile<forward> b[STAGES];
     st_bf<16, TILE_COLS> done[STRIPS]; // a tile that waits to be finished
     semaphore arrived[STAGES], free[STAGES];
-    semaphore done_full[STRIPS], done_free[STRIPS];
+    semaphore done_full, done_free;
 };
 static_assert(sizeof(gemm_smem<true>) <= SMEM_LIMIT && sizeof(gemm_smem<false>) <= SMEM_LIMIT, "fewer stages");
 
@@ -104,15 +104,18 @@ KITTENS_DEVICE uint4 pack(const float (&x)[8]) {
     return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }
 
-// The units that a finisher takes: each FINISHERS-th of a tile's, first those at the left of every strip.
+// The units that a finisher takes: each FINISHERS-th of a tile's, first those at the left of every strip. Each finisher
+// has some of every tile, so each waits for every tile: none can take one phase of a semaphore for another.
 struct unit_walk {
     tile_walk tile;
-    unsigned number; // of the unit in its tile
-    uint32_t parity = 0;
+    unsigned number;     // of the unit in its tile
+    bool begins = true;  // the tile, for this finisher
+    uint32_t parity = 0; // of the tile
     KITTENS_DEVICE unit_walk(const gemm_args& args, int first) : tile(args), number(first) {}
     KITTENS_DEVICE void advance(const gemm_args& args) {
         number += FINISHERS;
-        if (number < STRIPS * UNITS) return;
+        begins = number >= STRIPS * UNITS;
+        if (!begins) return;
         number -= STRIPS * UNITS;
         tile.advance(args);
         parity ^= 1;
@@ -154,16 +157,15 @@ KITTENS_DEVICE void finish_tiles(gemm_smem<forward>& smem, const gemm_args& args
     for (int i = 0; i < PIECES; i++) load_pre(i);
 #pragma unroll 1
     while (next.tile.more(args)) {
-        const int strip = next.strip();
-        wait(smem.done_full[strip], next.parity);
+        if (next.begins) wait(smem.done_full, next.parity);
         const auto& done = smem.done[0];
-        const uint32_t unit = strip * done.bytes + next.panel() * done.panel_bytes;
+        const uint32_t unit = next.strip() * done.bytes + next.panel() * done.panel_bytes;
         uint4 x[PIECES];
 #pragma unroll
         for (int i = 0; i < PIECES; i++) x[i] = load_piece(done.address(lane / 8 + 4 * i, lane % 8) + unit);
         __syncwarp();
-        if (elected_lane()) arrive(smem.done_free[strip]);
         next.advance(args);
+        if (next.begins && elected_lane()) arrive(smem.done_free);
         mine = later;
         later = lane_pieces(args, next);
 #pragma unroll
@@ -234,13 +236,13 @@ template <bool forward> KITTENS_DEVICE void multiply(gemm_smem<forward>& smem, c
         warpgroup::pin(d);
         give_back(smem, at.previous().slot);
         if (forward && args.bias) add_bias(d, args, t.first_col());
-        wait(smem.done_free[warp], done_parity);
+        wait(smem.done_free, done_parity);
         done_parity ^= 1;
         rt_bf<TILE_COLS> rounded;
         warp::copy(rounded, d);
         warp::store(smem.done[warp], 0, rounded);
         __syncwarp();
-        if (elected_lane()) arrive(smem.done_full[warp]);
+        if (elected_lane()) arrive(smem.done_full);
     }
 }
 
@@ -257,10 +259,8 @@ __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
             init(smem.arrived[i], 1);
             init(smem.free[i], 4 * WARPGROUPS * CLUSTER); // one arrival a warp
         }
-        for (int i = 0; i < STRIPS; i++) {
-            init(smem.done_full[i], 1);
-            init(smem.done_free[i], UNITS);
-        }
+        init(smem.done_full, STRIPS);
+        init(smem.done_free, FINISHERS);
         fence_init();
     }
     if (CLUSTER > 1) sync_cluster();

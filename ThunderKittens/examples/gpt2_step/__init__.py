@@ -171,8 +171,8 @@ class TrainStep:
         if isinstance(self.graphs[key], int):
             mine, running, pieces = [x.clone() for x in inputs], None, []
             for _ in range(self.graphs[key]):
-                graph = torch.cuda.CUDAGraph() # thread_local: a checkpoint's thread may copy meanwhile, NCCL's may look
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'):
+                graph = torch.cuda.CUDAGraph()
+                with decode.capture(graph, pool=self.pool):
                     running = running or work(*mine)
                     pieces.append((graph, next(running)))
             self.graphs[key] = mine, pieces
