@@ -7,13 +7,10 @@ Causal attention on an H100, as torch sees it. B batch, T rows (N in the kernels
 they lie (views of a packed projection too) and writes (B, T, C); torch.compile sees one opaque operator.
 """
 import functools
-import importlib.machinery
-import importlib.util
-import sysconfig
 
 import torch
 
-from .h100_fwd_setup import HERE, MODULE, sources_hash
+from .h100_fwd_setup import HERE, MODULE, load_module, sources_hash
 
 BUILD = 'make kernels, or: cd ThunderKittens/examples/attn_causal && python h100_fwd_setup.py build'
 
@@ -21,19 +18,7 @@ BUILD = 'make kernels, or: cd ThunderKittens/examples/attn_causal && python h100
 @functools.cache
 def _load():
     """(module, '') or (None, why it cannot be loaded). Never raises, never needs a GPU."""
-    suffix = sysconfig.get_config_var('EXT_SUFFIX')
-    found = sorted(HERE.glob(f'build/lib.*/{MODULE}.*.so'), key=lambda p: p.stat().st_mtime, reverse=True)
-    fitting = [path for path in found if path.name == MODULE + suffix]
-    if not fitting:
-        if found:
-            return None, f"the kernels were built for another Python ({found[0].name}, not {suffix}): {BUILD}"
-        return None, f"the kernels are not built: {BUILD}"
-    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(fitting[0]))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(MODULE, loader))
-    loader.exec_module(module)
-    if module.sources != sources_hash():
-        return None, f"the kernels are older than their sources: {BUILD}"
-    return module, ''
+    return load_module(HERE, MODULE, sources_hash(), BUILD)
 
 
 def why_unavailable():

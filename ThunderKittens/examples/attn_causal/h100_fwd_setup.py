@@ -94,7 +94,7 @@ def compile_kernel(nvcc, source, target, defines=()):
     shown = machine_code(nvcc, target)
     if shown is not None and 'HGMMA' not in shown:
         sys.exit(f"{source.name}: no HGMMA in the machine code")
-    return [f"{source.name}: {line.strip()}" for line in said.splitlines() if 'Used' in line]
+    return ''.join(f"{source.name}: {line.strip()}\n" for line in said.splitlines() if 'Used' in line)
 
 
 def build_module(folder, target, here=HERE):
@@ -114,8 +114,7 @@ def build_module(folder, target, here=HERE):
             f'-DSOURCES="{sources_hash(here)}"', f'-I{find_pybind11()}', f"-I{sysconfig.get_paths()['include']}",
             '-c', here / 'h100_frontend.cpp', '-o', front_end]))
         for job in jobs:
-            for line in job.result() or []:
-                print(line, end='' if line.endswith('\n') or len(line) == 1 else '\n')
+            print(job.result(), end='')
     libraries = [f'-L{nvcc.parent.parent / name}' for name in ('lib64', 'lib') if (nvcc.parent.parent / name).is_dir()]
     partial = target.with_suffix('.partial')
     run([nvcc, *ARCH, '-shared', '-cudart', 'static', *libraries, *objects, '-o', partial])

@@ -4,7 +4,7 @@ A linear layer with GELU in the same kernel on an H100, forward and backward, as
     from ThunderKittens.examples.gemm_gelu import linear_gelu, linear_gelu_backward, is_available
 
 `why_unavailable()` is '' where the kernels run, else the reason and what would help. There is no autograd here: whoever
-calls the forward keeps `pre` and calls the backward. torch.compile sees opaque operators.
+calls the forward keeps `pre` and calls the backward.
 """
 import functools
 
@@ -51,7 +51,48 @@ def _module():
     return module
 
 
-# ---- the operators ---------------------------------------------------------------------------------------------------
+# ---- the two kernels -------------------------------------------------------------------------------------------------
+
+def linear_gelu(x, w, bias=None, tanh=False):
+    """
+    pre = x w^T + bias and gelu(pre), in one kernel.
+
+    x, w, bias   (..., K), (N, K), (N) or None: contiguous bfloat16 on one sm_90 device; N and K multiples of 8
+    tanh         the tanh form instead of the exact one
+    returns      pre, gelu(pre): (..., N) bfloat16; the GELU is of the rounded pre, so a backward from pre agrees
+    raises       TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
+    accuracy     float32 sums and GELU: RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 path
+    """
+    _check(x=x, w=w, **({} if bias is None else {'bias': bias}))
+    if w.dim() != 2 or x.dim() < 1 or x.size(-1) != w.size(1):
+        raise ValueError(f"x must be (..., K) and w (N, K), got {tuple(x.shape)} and {tuple(w.shape)}")
+    if bias is not None and tuple(bias.shape) != (w.size(0),):
+        raise ValueError(f"bias must be ({w.size(0)},), got {tuple(bias.shape)}")
+    pre, act = (x.new_empty((*x.shape[:-1], w.size(0))) for _ in range(2))
+    _queue(_module().forward, pre, x, w, bias, pre, act, pre.numel() // max(1, w.size(0)), *w.shape, tanh)
+    return pre, act
+
+
+def linear_gelu_backward(dy, w2, pre, tanh=False, act_too=False):
+    """
+    The gradient of pre, where y = gelu(pre) w2^T: dpre = (dy w2) gelu'(pre), in one kernel.
+
+    dy, w2, pre  (..., C), (C, N), (..., N): contiguous bfloat16 on one sm_90 device; N and C multiples of 8
+    act_too      also gelu(pre) again, for the gradient of w2, where the forward did not keep it
+    returns      dpre (..., N) bfloat16, or (dpre, gelu(pre)); the bits of gelu(pre) are the forward's
+    raises       as linear_gelu
+    accuracy     as linear_gelu; dy w2 is rounded to bfloat16 on the way, as torch does
+    """
+    _check(dy=dy, w2=w2, pre=pre)
+    if w2.dim() != 2 or dy.dim() < 1 or dy.size(-1) != w2.size(0):
+        raise ValueError(f"dy must be (..., C) and w2 (C, N), got {tuple(dy.shape)} and {tuple(w2.shape)}")
+    if pre.shape != (*dy.shape[:-1], w2.size(1)):
+        raise ValueError(f"pre must be {(*dy.shape[:-1], w2.size(1))}, got {tuple(pre.shape)}")
+    C, N = w2.shape
+    dpre, act = torch.empty_like(pre), torch.empty_like(pre) if act_too else None
+    _queue(_module().backward, pre, dy, w2, pre, dpre, act, pre.numel() // max(1, N), N, C, tanh)
+    return (dpre, act) if act_too else dpre
+
 
 def _check(**tensors):
     for name, x in tensors.items():
@@ -65,99 +106,9 @@ def _check(**tensors):
             raise ValueError(f"{name} must be contiguous, got strides {tuple(x.stride())}")
 
 
-def _check_fwd(x, w, bias):
-    _check(x=x, w=w, **({} if bias is None else {'bias': bias}))
-    if w.dim() != 2 or x.dim() < 1 or x.size(-1) != w.size(1):
-        raise ValueError(f"x must be (..., K) and w (N, K), got {tuple(x.shape)} and {tuple(w.shape)}")
-    if bias is not None and tuple(bias.shape) != (w.size(0),):
-        raise ValueError(f"bias must be ({w.size(0)},), got {tuple(bias.shape)}")
-
-
-def _check_bwd(dy, w2, pre):
-    _check(dy=dy, w2=w2, pre=pre)
-    if w2.dim() != 2 or dy.dim() < 1 or dy.size(-1) != w2.size(0):
-        raise ValueError(f"dy must be (..., C) and w2 (C, N), got {tuple(dy.shape)} and {tuple(w2.shape)}")
-    if pre.shape != (*dy.shape[:-1], w2.size(1)):
-        raise ValueError(f"pre must be {(*dy.shape[:-1], w2.size(1))}, got {tuple(pre.shape)}")
-
-
-def _queue(kernel, device, *arguments):
-    """Run a function of the module on the device's current stream; `arguments` are its own but for the stream."""
-    if device.index == torch.cuda.current_device():
-        kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
-    else:
-        with torch.cuda.device(device.index):
-            kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
-
-
-def _fwd_fake(x, w, bias, tanh):
-    _check_fwd(x, w, bias)
-    return tuple(x.new_empty((*x.shape[:-1], w.size(0))) for _ in range(2))
-
-
-def _fwd(x, w, bias, tanh):
-    pre, act = _fwd_fake(x, w, bias, tanh)
-    if pre.numel():
-        N, K = w.shape
-        _queue(_module().forward, x.device, x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(),
-               pre.data_ptr(), act.data_ptr(), pre.numel() // N, N, K, tanh)
-    return pre, act
-
-
-def _bwd_fake(dy, w2, pre, tanh, act_too):
-    _check_bwd(dy, w2, pre)
-    return pre.new_empty(pre.shape), pre.new_empty(pre.shape if act_too else (0,))
-
-
-def _bwd(dy, w2, pre, tanh, act_too):
-    dpre, act = _bwd_fake(dy, w2, pre, tanh, act_too)
-    if dpre.numel():
-        C, N = w2.shape
-        _queue(_module().backward, dy.device, dy.data_ptr(), w2.data_ptr(), pre.data_ptr(), dpre.data_ptr(),
-               act.data_ptr() if act_too else 0, pre.numel() // N, N, C, tanh)
-    return dpre, act
-
-
-_library = torch.library.Library('thunderkittens', 'FRAGMENT')
-_exact = getattr(torch.Tag, 'needs_exact_strides', torch.Tag.needs_fixed_stride_order)
-_operators = {
-    'linear_gelu_fwd(Tensor x, Tensor w, Tensor? bias, bool tanh) -> (Tensor, Tensor)': (_fwd, _fwd_fake),
-    'linear_gelu_bwd(Tensor dy, Tensor w2, Tensor pre, bool tanh, bool act_too) -> (Tensor, Tensor)': (_bwd, _bwd_fake),
-}
-for _schema, (_real, _fake) in _operators.items():
-    _name = _schema.split('(')[0]
-    _library.define(_schema, tags=(_exact,))
-    for _key in ('CUDA', 'CPU'): # on the CPU it says that it does not run there
-        _library.impl(_name, _real, _key)
-    torch.library.register_fake(f'thunderkittens::{_name}', _fake, lib=_library)
-_fwd_op = torch.ops.thunderkittens.linear_gelu_fwd.default
-_bwd_op = torch.ops.thunderkittens.linear_gelu_bwd.default
-
-
-# ---- what models call ------------------------------------------------------------------------------------------------
-
-def linear_gelu(x, w, bias=None, tanh=False):
-    """
-    pre = x w^T + bias and gelu(pre), in one kernel.
-
-    x, w, bias   (..., K), (N, K), (N) or None: contiguous bfloat16 on one sm_90 device; N and K multiples of 8
-    tanh         the tanh form instead of the exact one
-    returns      pre, gelu(pre): (..., N) bfloat16; the GELU is of the rounded pre, so a backward from pre agrees
-    raises       TypeError for another dtype, ValueError for another shape, device or stride; both name what they got
-    accuracy     float32 sums and GELU: RMS error at most 1.5x, max error at most 2x that of torch's bfloat16 path
-    """
-    return _fwd_op(x, w, bias, tanh)
-
-
-def linear_gelu_backward(dy, w2, pre, tanh=False, act_too=False):
-    """
-    The gradient of pre, where y = gelu(pre) w2^T: dpre = (dy w2) gelu'(pre), in one kernel.
-
-    dy, w2, pre  (..., C), (C, N), (..., N): contiguous bfloat16 on one sm_90 device; N and C multiples of 8
-    act_too      also gelu(pre) again, for the gradient of w2, where the forward did not keep it
-    returns      dpre (..., N) bfloat16, or (dpre, gelu(pre)); the bits of gelu(pre) are the forward's
-    raises       as linear_gelu
-    accuracy     as linear_gelu; dy w2 is rounded to bfloat16 on the way, as torch does
-    """
-    dpre, act = _bwd_op(dy, w2, pre, tanh, act_too)
-    return (dpre, act) if act_too else dpre
+def _queue(kernel, out, *arguments):
+    """Run a function of the module, whose tensors it takes as addresses, on the current stream of out's device."""
+    arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
+    if out.numel():
+        with torch.cuda.device(out.device):
+            kernel(*arguments, torch.cuda.current_stream().cuda_stream)
