@@ -212,4 +212,6 @@ def draw(logits, seeds, temperature, top_k=None, block=2048):
     best = torch.empty(B, blocks, device=device)
     token = torch.empty(B, blocks, dtype=torch.long, device=device)
     kernels.draw[blocks, B](logits, logits.stride(0), kth, seeds, best, token, V, 1 / temperature, BLOCK=block)
-    return token.gather(1, best.argmax(1, keepdim=True))[:, 0]
+    chosen = torch.empty(B, dtype=torch.long, device=device)
+    kernels.choose[B,](best, token, chosen, blocks, COLS=power_of_two(blocks), num_warps=1)
+    return chosen

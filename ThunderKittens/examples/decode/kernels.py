@@ -259,3 +259,12 @@ def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr
     at = row * tl.num_programs(0) + block
     tl.store(best + at, largest)
     tl.store(token + at, (block * BLOCK + where).to(tl.int64))
+
+
+@triton.jit
+def choose(best, token, chosen, BLOCKS, COLS: tl.constexpr):
+    """The token of a row's largest score among those of its BLOCKS blocks.        a program: one row"""
+    row, block = tl.program_id(0), tl.arange(0, COLS)
+    at = row * BLOCKS + block
+    _, where = tl.max(tl.load(best + at, mask=block < BLOCKS, other=-float('inf')), 0, return_indices=True)
+    tl.store(chosen + row, tl.load(token + row * BLOCKS + where))
