@@ -1,4 +1,5 @@
 """The benchmark refuses to time what is wrong, and says what it timed; inference compares the ways to speak."""
+import importlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import configurator
 from conftest import assert_refused, run_script
 from model import sdpa_attention_qkv
+from ThunderKittens.examples.attn_causal import bench as attn_bench
 from ThunderKittens.examples.gpt2_step import bench as step_bench
 
 SMALL = ['--dataset=tiny', '--device=cpu', '--batch_size=2', '--block_size=16', '--n_layer=2', '--n_head=2',
@@ -177,6 +179,33 @@ def test_what_fails_ends_the_table_with_its_words_and_a_size_must_be_known(monke
         step_bench.main()
     with pytest.raises(SystemExit, match='--steps must be at least 1, not 0'):
         step_bench.run('124M', 'plain', 1, 16, '--device=cpu', '--steps=0')
+
+
+# -----------------------------------------------------------------------------
+# the kernels' benchmarks
+
+@pytest.mark.parametrize('name', ['attn_causal.bench', 'attn_causal.bench_backward', 'gemm_gelu.bench',
+                                  'gpt2_step.bench'])
+def test_what_an_h100_alone_can_time_is_refused_elsewhere_in_one_line(name, monkeypatch):
+    bench = importlib.import_module(f'ThunderKittens.examples.{name}')
+    monkeypatch.setattr('sys.argv', ['bench'])
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    with pytest.raises(SystemExit, match=r'\Ano CUDA device: .+\Z'):
+        bench.main()
+
+
+def test_calls_take_turns_and_the_median_of_the_passes_is_compared_with_the_best_other(monkeypatch):
+    order, passes = [], {'cudnn': [9, 20, 21, 90], 'fa3': [40] * 4, attn_bench.OURS: [10] * 4} # us
+
+    def flushed_us(name):
+        order.append(name)
+        return passes[name][order.count(name) - 1]
+    monkeypatch.setattr(attn_bench, 'flushed_us', flushed_us)
+    monkeypatch.setattr(attn_bench, 'back_to_back_us', lambda name, repeats: 20.0)
+    shape = (1, 1, 1024, 64) # 134.2 MFLOP forward
+    results = attn_bench.measure(lambda *shape: {name: name for name in passes}, [shape])
+    assert order == [*passes, *reversed(passes)] * 2
+    assert attn_bench.table(results, '', 2.5)[-4] == '| 64 | 1 | 1, 1024 | 16 / 17 | 8 / 17 | 34 / 17 | 2.05 / 1.00 |'
 
 
 # -----------------------------------------------------------------------------

@@ -8,13 +8,14 @@ Times the forward kernel beside torch's flash and cuDNN attention and FlashAtten
 
 FLOPs: 4 B H N N D / 2, what a causal forward needs (arXiv:2205.14135); nothing counts what a kernel computes beside.
 Flushed: 256 MB are written before each call, so L2 holds nothing of the inputs; the median of all calls. Back to back:
-calls queued one behind the other, the mean. Kernels take turns, in opposite order from pass to pass.
+calls queued one behind the other, the mean. Kernels take turns, in opposite order from pass to pass; of the passes the
+median. The other kernels' benchmarks time with what is here.
 """
 import argparse
 import ctypes
+import functools
 import json
 import lzma
-import math
 import shutil
 import statistics
 import subprocess
@@ -83,8 +84,14 @@ def events(n):
     return [torch.cuda.Event(enable_timing=True) for _ in range(n)]
 
 
-def flushed_us(call, flush, repeats):
-    """Medians of `repeats` calls with a cold L2; a sleep on the device covers the host's time."""
+@functools.cache
+def flush():
+    """Five times L2, to be written between two calls."""
+    return torch.empty(256 << 20, dtype=torch.int8, device='cuda')
+
+
+def flushed_us(call, repeats=20):
+    """Median of `repeats` calls with a cold L2; a sleep on the device covers the host's time."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -94,7 +101,7 @@ def flushed_us(call, flush, repeats):
     torch.cuda.synchronize()
     starts, ends = events(repeats), events(repeats)
     for start, end in zip(starts, ends, strict=True):
-        flush.zero_()
+        flush().zero_()
         torch.cuda._sleep(int((1.5 * host_s + 60e-6) * 1.9e9))
         start.record()
         call()
@@ -145,36 +152,36 @@ def check(peers):
             print(f"checked {name:6} D={D}: relative error {error:.1e}")
 
 
-def measure_shapes(peers, shapes, passes, flush):
-    """{shape: {peer: {'flushed_us': [...], 'back_to_back_us': [...]}}}"""
-    results = {}
-    for turn in range(passes):
-        for shape in shapes:
-            q, k, v = random_qkv(*shape)
-            for name in list(peers)[::1 if turn % 2 == 0 else -1]:
-                call = peers[name](q, k, v)
-                once = flushed_us(call, flush, repeats=20)
-                times = results.setdefault(shape, {}).setdefault(name, {'flushed_us': [], 'back_to_back_us': []})
-                times['flushed_us'].append(once)
-                times['back_to_back_us'].append(back_to_back_us(call, max(10, min(200, int(15e3 / once)))))
-            del q, k, v, call
-    return results
+def measure(prepare, shapes, quick=False):
+    """{shape: {name: (us with L2 flushed, us back to back)}} of the calls that prepare(*shape) gives, {name: call}."""
+    times = {}
+    for turn in range(1 if quick else 4):
+        for shape in shapes[1:3] if quick else shapes:
+            calls = prepare(*shape)
+            for name in list(calls)[::1 if turn % 2 == 0 else -1]:
+                once = flushed_us(calls[name])
+                queued = back_to_back_us(calls[name], max(10, min(200, int(15e3 / once))))
+                times.setdefault(shape, {}).setdefault(name, []).append((once, queued))
+            del calls # and their tensors, before the next are made
+    return {shape: {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in of_shape.items()}
+            for shape, of_shape in times.items()}
 
 
-def measure_lengths(peers, flush):
+def measure_lengths(peers):
+    """{T: {peer: us with L2 flushed}}"""
     results = {}
     for T in LENGTHS:
         q, k, v = random_qkv(16, 12, T, 64)
         results[T] = {}
         for name, prepare in peers.items():
             try:
-                results[T][name] = flushed_us(prepare(q, k, v), flush, repeats=20)
+                results[T][name] = flushed_us(prepare(q, k, v))
             except RuntimeError as refusal: # torch: no available kernel
                 print(f"T={T}: {name} refuses: {str(refusal).splitlines()[0]}")
     return results
 
 
-def measure_packed(flush):
+def measure_packed():
     """From a packed qkv to (B, T, C) through the operator, and what the call costs the host."""
     qkv = torch.randn(16, 1024, 3 * 768, device='cuda').bfloat16()
     q, k, v = (x.transpose(1, 2) for x in qkv.view(16, 1024, 3, 12, 64).unbind(2))
@@ -184,7 +191,7 @@ def measure_packed(flush):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(16, 1024, 768)
     cases = {OURS: lambda: causal_attention_qkv(qkv, 12), 'cudnn': torch_cudnn}
-    results = {name: {'flushed_us': flushed_us(call, flush, 30), '50_calls_us': back_to_back_us(call, 50)}
+    results = {name: {'flushed_us': flushed_us(call, 30), '50_calls_us': back_to_back_us(call, 50)}
                for name, call in cases.items()}
     graph = torch.cuda.CUDAGraph() # the kernel alone: no host between two of them
     with torch.cuda.graph(graph):
@@ -197,46 +204,50 @@ def measure_packed(flush):
 
 # ---- what is left of it ----------------------------------------------------------------------------------------------
 
-def tflops(shape, us):
+def tflops(shape, us, of_forward=1):
     B, H, N, D = shape
-    return 4 * B * H * N * N * D / 2 / us / 1e6
+    return of_forward * 4 * B * H * N * N * D / 2 / us / 1e6
 
 
-def tables(shapes, lengths, packed, peers, where):
+def table(results, where, of_forward=1):
+    """The lines of a row for each shape; a call has so many times the FLOPs of the forward's."""
+    peers = list(next(iter(results.values())))
     lines = [where, '', f"| D | H | B, N | {' | '.join(peers)} | to the best other |", '|' + '---|' * (len(peers) + 4)]
-    for shape, times in shapes.items():
+    for shape, times in results.items():
         B, H, N, D = shape
-        rate = {kind: {name: tflops(shape, statistics.mean(times[name][kind])) for name in peers}
-                for kind in ('flushed_us', 'back_to_back_us')}
-        ratio = {kind: r[OURS] / max(x for name, x in r.items() if name != OURS) for kind, r in rate.items()}
-        cells = [f"{rate['flushed_us'][name]:.0f} / {rate['back_to_back_us'][name]:.0f}" for name in peers]
-        lines.append(f"| {D} | {H} | {B}, {N} | {' | '.join(cells)} | "
-                     f"{ratio['flushed_us']:.2f} / {ratio['back_to_back_us']:.2f} |")
-    lines += ['', 'TFLOP/s, L2 flushed / back to back.', '',
-              '| T | ' + ' | '.join(str(T) for T in lengths) + ' |', '|' + '---|' * (len(lengths) + 1)]
-    for name in [name for name in peers if any(name in times for times in lengths.values())]:
+        rates = {name: [tflops(shape, us, of_forward) for us in pair] for name, pair in times.items()}
+        best = map(max, zip(*(pair for name, pair in rates.items() if name in ('flash', 'cudnn', 'fa3'))))
+        cells = [f"{flushed:.0f} / {queued:.0f}" for flushed, queued in rates.values()]
+        cells.append(' / '.join(f"{mine / other:.2f}" for mine, other in zip(rates[OURS], best)))
+        lines.append(f"| {D} | {H} | {B}, {N} | {' | '.join(cells)} |")
+    return [*lines, '', 'TFLOP/s, L2 flushed / back to back.', '']
+
+
+def more_tables(lengths, packed):
+    """The lines of what stands below it."""
+    lines = ['| T | ' + ' | '.join(str(T) for T in lengths) + ' |', '|' + '---|' * (len(lengths) + 1)]
+    for name in dict.fromkeys(name for times in lengths.values() for name in times):
         cells = [f"{times[name]:.1f}" if name in times else '-' for times in lengths.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     mine, theirs = packed[OURS], packed['cudnn']
-    lines += ['', 'Microseconds at B=16, H=12, D=64, L2 flushed.', '',
-              f"Packed (16, 1024, 3 x 768) to (16, 1024, 768) by the operator: {mine['flushed_us']:.1f} us flushed, "
-              f"{mine['50_calls_us']:.1f} us a call, 50 back to back ({mine['kernel_us']:.1f} in a graph of 50); "
-              f"cuDNN {theirs['flushed_us']:.1f} and {theirs['50_calls_us']:.1f}. "
-              f"The host spends {mine['host_us']:.0f} us a call."]
-    return '\n'.join(lines)
+    return [*lines, '', 'Microseconds at B=16, H=12, D=64, L2 flushed.', '',
+            f"Packed (16, 1024, 3 x 768) to (16, 1024, 768) by the operator: {mine['flushed_us']:.1f} us flushed, "
+            f"{mine['50_calls_us']:.1f} us a call, 50 back to back ({mine['kernel_us']:.1f} in a graph of 50); "
+            f"cuDNN {theirs['flushed_us']:.1f} and {theirs['50_calls_us']:.1f}. "
+            f"The host spends {mine['host_us']:.0f} us a call."]
 
 
-def picture(shapes, peers, path):
+def picture(results, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, D in zip(axes, (64, 128), strict=True):
         rows = {}
-        for (B, H, N, d), times in shapes.items(): # one batch a length: 16384 tokens, as the larger shapes have
+        for (B, H, N, d), times in results.items(): # one batch a length: 16384 tokens, as the larger shapes have
             if d == D and B * N == 16384:
-                rows[N] = {name: tflops((B, H, N, d), statistics.mean(times[name]['flushed_us'])) for name in peers}
-        for name in peers:
+                rows[N] = {name: tflops((B, H, N, d), us) for name, (us, _) in times.items()}
+        for name in next(iter(rows.values())):
             axis.plot(list(rows), [r[name] for r in rows.values()], marker='o', label=name,
                       linewidth=2.5 if name == OURS else 1.2)
         axis.set(xscale='log', xticks=list(rows), title=f'causal forward, D = {D}', xlabel='T (16384 tokens in all)')
@@ -266,14 +277,19 @@ def measured_on(commit):
             f"cuDNN {torch.backends.cudnn.version()}, commit {commit or this_commit()}, clocks {clocks} at the end.")
 
 
-def main():
-    parser = argparse.ArgumentParser(description='the forward kernel beside torch and FlashAttention-3')
-    parser.add_argument('--fa3', default='')
-    parser.add_argument('--out', default=str(HERE))
-    parser.add_argument('--readme', action='store_true')
+def read_options(description, **more):
+    """The command line: what all these benchmarks take, and `more` with its defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, default in more.items():
+        parser.add_argument(f'--{name}', default=default)
+    parser.add_argument('--readme', action='store_true', help='write the table into README.md')
     parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
     parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    options = read_options('the forward kernel beside torch and FlashAttention-3', fa3='', out=HERE)
     if why_unavailable():
         raise SystemExit(why_unavailable())
     torch.manual_seed(0)
@@ -282,26 +298,27 @@ def main():
     if fa3:
         peers['fa3'] = fa3
     peers[OURS] = ours
-    flush = torch.empty(256 << 20, dtype=torch.int8, device='cuda')
     check(peers)
-    shapes = measure_shapes(peers, SHAPES[1:3] if options.quick else SHAPES, 1 if options.quick else 4, flush)
-    lengths = measure_lengths({name: peers[name] for name in peers if name != 'fa3'}, flush)
-    packed = measure_packed(flush)
+
+    def calls(*shape):
+        qkv = random_qkv(*shape)
+        return {name: prepare(*qkv) for name, prepare in peers.items()}
+    results = measure(calls, SHAPES, options.quick)
+    lengths = measure_lengths({name: peers[name] for name in peers if name != 'fa3'})
+    packed = measure_packed()
     where = measured_on(options.commit)
-    text = tables(shapes, lengths, packed, list(peers), where)
+    text = '\n'.join(table(results, where) + more_tables(lengths, packed))
     print(text)
-    out = Path(options.out)
-    result = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in shapes.items()},
-              'lengths_us': lengths, 'packed': packed}
-    (out / 'attn_causal.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
+    found = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in results.items()},
+             'lengths_us': lengths, 'packed': packed}
+    Path(options.out, 'attn_causal.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
     if not options.quick:
-        picture(shapes, list(peers), out / 'attn_causal.png')
+        picture(results, Path(options.out, 'attn_causal.png'))
     if options.readme:
         write_section(HERE / 'README.md', 'bench', text)
-    best = [math.inf if len(peers) == 1 else
-            statistics.mean(t[OURS]['flushed_us']) / min(statistics.mean(t[n]['flushed_us']) for n in t if n != OURS)
-            for t in shapes.values()]
-    print(json.dumps({'geometric_mean_of_time_to_best_other': round(statistics.geometric_mean(best), 4)}))
+    to_best = [times[OURS][0] / min(us for name, (us, _) in times.items() if name != OURS)
+               for times in results.values()]
+    print(json.dumps({'geometric_mean_of_time_to_best_other': round(statistics.geometric_mean(to_best), 4)}))
 
 
 if __name__ == '__main__':

@@ -7,9 +7,7 @@ Everything a backward does is in the time: delta, clearing, conversion. q, k, v 
 but FlashAttention-3 gets its own contiguous layout. `one pass` and `two passes` are ours at every length; `ours` is
 what the operator takes. FLOPs: 2.5 times the forward's (arXiv:2205.14135). The rest as in bench.py.
 """
-import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -21,7 +19,6 @@ from data.curves import write_section
 from ThunderKittens.examples.attn_causal import bench
 from ThunderKittens.examples.attn_causal.reference import plain_attention
 
-OURS = 'ours'
 PACKED = [(64, 12, 1024, 64), (16, 12, 1024, 64)] # GPT-2's own shape
 
 
@@ -87,23 +84,7 @@ def check(peers):
             print(f"checked {name:10} D={D}: relative error {error:.1e}")
 
 
-def measure(peers, shapes, passes, flush):
-    """{shape: {peer: {'flushed_us': [...], 'back_to_back_us': [...]}}}"""
-    results = {}
-    for turn in range(passes):
-        for shape in shapes:
-            packed = inputs(*shape)
-            for name in list(peers)[::1 if turn % 2 == 0 else -1]:
-                call = peers[name](*packed)
-                once = bench.flushed_us(call, flush, repeats=15)
-                times = results.setdefault(shape, {}).setdefault(name, {'flushed_us': [], 'back_to_back_us': []})
-                times['flushed_us'].append(once)
-                times['back_to_back_us'].append(bench.back_to_back_us(call, max(10, min(100, int(15e3 / once)))))
-            del packed, call
-    return results
-
-
-def measure_training(flush):
+def measure_training():
     """Forward and backward as GPT-2 needs them: packed qkv in, packed gradient out; ms."""
     results = {}
     for B, H, N, D in PACKED:
@@ -118,36 +99,13 @@ def measure_training(flush):
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return torch.autograd.grad(out.transpose(1, 2).flatten(2), leaf, dout)
-        for name, call in ((OURS, both), ('ours, dropout 0.2', lambda both=both: both(0.2)), ('cudnn', torch_cudnn)):
-            results.setdefault(B, {})[name] = bench.flushed_us(call, flush, repeats=15) / 1e3
+        calls = {bench.OURS: both, 'ours, dropout 0.2': lambda both=both: both(0.2), 'cudnn': torch_cudnn}
+        results[B] = {name: bench.flushed_us(call) / 1e3 for name, call in calls.items()}
     return results
 
 
-def table(results, training, peers, where):
-    lines = [where, '', f"| D | H | B, N | {' | '.join(peers)} | to the best other |", '|' + '---|' * (len(peers) + 4)]
-    for shape, times in results.items():
-        B, H, N, D = shape
-        rate = {kind: {name: 2.5 * bench.tflops(shape, statistics.median(t[kind])) for name, t in times.items()}
-                for kind in ('flushed_us', 'back_to_back_us')}
-        best = {kind: max(x for name, x in r.items() if name in ('flash', 'cudnn', 'fa3')) for kind, r in rate.items()}
-        cells = [f"{rate['flushed_us'][name]:.0f} / {rate['back_to_back_us'][name]:.0f}" if name in times else '-'
-                 for name in peers]
-        lines.append(f"| {D} | {H} | {B}, {N} | {' | '.join(cells)} | " +
-                     ' / '.join(f"{rate[kind][OURS] / best[kind]:.2f}" for kind in rate) + ' |')
-    lines += ['', 'TFLOP/s, L2 flushed / back to back.', '']
-    lines += [f"Packed qkv to packed gradient, forward and backward, B={B}, H=12, D=64, T=1024: " +
-              ', '.join(f"{name} {ms:.3f} ms" for name, ms in times.items()) + '.' for B, times in training.items()]
-    return '\n'.join(lines)
-
-
 def main():
-    parser = argparse.ArgumentParser(description='the backward kernels beside torch and FlashAttention-3')
-    parser.add_argument('--fa3', default='')
-    parser.add_argument('--out', default=str(bench.HERE))
-    parser.add_argument('--readme', action='store_true')
-    parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
-    parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
-    options = parser.parse_args()
+    options = bench.read_options('the backward kernels beside torch and FlashAttention-3', fa3='', out=bench.HERE)
     if attn.why_unavailable():
         raise SystemExit(attn.why_unavailable())
     torch.manual_seed(0)
@@ -155,19 +113,24 @@ def main():
     fa3 = fa3_from(options.fa3)
     if fa3:
         peers['fa3'] = fa3
-    peers |= {'one pass': ours(1), 'two passes': ours(2 ** 31), OURS: ours()}
-    flush = torch.empty(256 << 20, dtype=torch.int8, device='cuda')
+    peers |= {'one pass': ours(1), 'two passes': ours(2 ** 31), bench.OURS: ours()}
     check(peers)
-    results = measure(peers, bench.SHAPES[1:3] if options.quick else bench.SHAPES, 1 if options.quick else 4, flush)
-    training = measure_training(flush)
+
+    def calls(*shape):
+        packed = inputs(*shape)
+        return {name: prepare(*packed) for name, prepare in peers.items()}
+    results, training = bench.measure(calls, bench.SHAPES, options.quick), measure_training()
     where = bench.measured_on(options.commit)
-    text = table(results, training, list(peers), where)
+    lines = bench.table(results, where, of_forward=2.5)
+    lines += [f"Packed qkv to packed gradient, forward and backward, B={B}, H=12, D=64, T=1024: " +
+              ', '.join(f"{name} {ms:.3f} ms" for name, ms in times.items()) + '.' for B, times in training.items()]
+    text = '\n'.join(lines)
     print(text)
     if options.readme:
         write_section(bench.HERE / 'README.md', 'backward', text)
-    result = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in results.items()},
-              'training_ms': training}
-    (Path(options.out) / 'attn_causal_backward.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
+    found = {'where': where, 'shapes': {'B{}_H{}_N{}_D{}'.format(*s): t for s, t in results.items()},
+             'training_ms': training}
+    Path(options.out, 'attn_causal_backward.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -3,19 +3,18 @@ Times the linear layer with GELU, forward and backward, beside torch's matrix pr
 
     python -m ThunderKittens.examples.gemm_gelu.bench [--readme] [--quick]
 
-Peers: torch.mm (cuBLAS) alone; with torch's GELU behind it, eager; with torch.compile's. Flushed: 256 MB are written
-before each call, so L2 holds nothing of the inputs; the median of all calls. Back to back: calls queued one behind the
-other, the mean. Calls take turns, in opposite order from pass to pass. FLOPs: 2 M N K, nothing for the GELU.
---readme also writes the table of README.md.
+Peers: torch.mm (cuBLAS) alone; with torch's GELU behind it, eager; with torch.compile's. FLOPs: 2 M N K, nothing for
+the GELU. Timed as attn_causal/bench.py says. --readme also writes the table of README.md.
 """
-import argparse
+import functools
 import json
 import statistics
 
 import torch
 import torch.nn.functional as F
 
-from ThunderKittens.examples.attn_causal.bench import back_to_back_us, flushed_us, measured_on, write_between_markers
+from data.curves import write_section
+from ThunderKittens.examples.attn_causal.bench import measure, measured_on, read_options
 from ThunderKittens.examples.gemm_gelu import HERE, linear_gelu, linear_gelu_backward, why_unavailable
 from ThunderKittens.examples.gemm_gelu.reference import plain_linear_gelu, plain_linear_gelu_backward
 
@@ -66,20 +65,6 @@ def cases(M, N, K):
     }
 
 
-def measure(shapes, passes, flush):
-    """{shape: {case: (flushed us, back to back us)}}, medians over the passes."""
-    results = {}
-    for shape in shapes:
-        calls, times = cases(*shape), {}
-        for turn in range(passes):
-            for name in list(calls)[::1 if turn % 2 == 0 else -1]:
-                once = flushed_us(calls[name], flush, repeats=12)
-                queued = back_to_back_us(calls[name], max(10, min(50, int(8e3 / once))))
-                times.setdefault(name, []).append((once, queued))
-        results[shape] = {name: tuple(statistics.median(t) for t in zip(*pairs)) for name, pairs in times.items()}
-    return results
-
-
 def table(results, where):
     names = list(next(iter(results.values())))
     lines = [where, '', '| M, N, K | ' + ' | '.join(names) + ' |', '|' + '---|' * (len(names) + 1)]
@@ -100,21 +85,16 @@ def table(results, where):
 
 
 def main():
-    parser = argparse.ArgumentParser(description='the linear layer with GELU beside torch')
-    parser.add_argument('--readme', action='store_true')
-    parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
-    parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
-    options = parser.parse_args()
+    options = read_options('the linear layer with GELU beside torch')
     if why_unavailable():
         raise SystemExit(why_unavailable())
     torch.manual_seed(0)
     check()
-    flush = torch.empty(256 << 20, dtype=torch.int8, device='cuda')
-    results = measure(SHAPES[1:3] if options.quick else SHAPES, 1 if options.quick else 3, flush)
+    results = measure(functools.cache(cases), SHAPES, options.quick) # cached: every pass finds the compiled peers again
     text = table(results, measured_on(options.commit))
     print(text)
     if options.readme:
-        write_between_markers(HERE / 'README.md', text)
+        write_section(HERE / 'README.md', 'bench', text)
     ratios = [times[p + 'ours'][1] / times[p + 'mm, compiled gelu'][1] for times in results.values()
               for p in ('', 'backward: ')]
     print(json.dumps({'geometric_mean_of_time_to_mm_and_compiled_gelu': round(statistics.geometric_mean(ratios), 4)}))

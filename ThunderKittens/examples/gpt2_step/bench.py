@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from data.curves import write_section
 
 HERE = Path(__file__).resolve().parent
@@ -116,6 +118,8 @@ def main():
     for size in sizes:
         if size not in SIZES:
             sys.exit(f"--sizes takes {', '.join(SIZES)}, not {size!r}")
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: a CPU would take hours; bench.py times one small shape anywhere")
     rows = []
     if '124M' in sizes:
         compile_ahead(SHAPES_124M)
