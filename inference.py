@@ -30,6 +30,7 @@ import torch
 
 from ThunderKittens.examples.decode import why_unavailable as why_no_step
 from configurator import choose, configure
+from data.bins import make_folder
 from data.curves import write_section
 from data.run import commit as this_commit
 from data.tokens import tokenizer
@@ -67,6 +68,17 @@ if device_type == 'cuda':
     torch.cuda.set_device(torch.device(device).index or 0)
     if why_no_step():
         print(f"each token takes longer than it could: {why_no_step()}", file=sys.stderr)
+if bench: # what would end it after hours is said now
+    make_folder(out_dir)
+    try:
+        shapes = {size: GPTConfig(**dict(zip(('n_layer', 'n_head', 'n_embd'), map(int, size.split('x')))),
+                                  vocab_size=50257, gelu='tanh', TK_kernel=config['TK_kernel'])
+                  for size in sizes.split()}
+    except ValueError as e:
+        sys.exit(f"--sizes={sizes}: {e}")
+    if max(map(int, prompts.split())) + max_new_tokens // 2 + 10 > GPTConfig.block_size:
+        sys.exit(f"--prompts={prompts} and half of --max_new_tokens={max_new_tokens} do not fit transformers' GPT-2, "
+                 f"which takes {GPTConfig.block_size} tokens")
 torch.set_float32_matmul_precision('high')
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
 
@@ -145,16 +157,14 @@ AWHILE = 8 # tokens of those that take minutes for all
 def measure():
     """{'speeds': [{size, batch, prompt, and tokens/s of each of WAYS}], first_token_ms, cold_start_s}"""
     found = {'speeds': []}
-    for size in sizes.split():
+    for size, shape in shapes.items():
         first_size = not found['speeds']
-        n_layer, n_head, n_embd = map(int, size.split('x'))
         torch.manual_seed(0)
         with torch.device(device):
-            model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, gelu='tanh',
-                                  TK_kernel=config['TK_kernel'])).eval()
+            model = GPT(shape).eval()
         if first_size:
-            plain = GPT.from_state_dict(replace(model.config, TK_kernel=False), model.state_dict()).eval()
-            ways = {PLAIN: plain.generate_plain, HF: transformers_gpt2(n_layer, n_head, n_embd)}
+            plain = GPT.from_state_dict(replace(shape, TK_kernel=False), model.state_dict()).eval()
+            ways = {PLAIN: plain.generate_plain, HF: transformers_gpt2(shape)}
         if dtype != 'float32':
             model.cast_linears(getattr(torch, dtype))
         for B in map(int, batches.split() if first_size else [1]):
@@ -186,12 +196,12 @@ def a_token_s(generate, prompt):
     return (median_s(generate, prompt, few + AWHILE, times) - median_s(generate, prompt, few, times)) / AWHILE
 
 
-def transformers_gpt2(n_layer, n_head, n_embd):
+def transformers_gpt2(shape):
     """generate(ids, n) of transformers' GPT-2 with weights in `dtype`."""
     import transformers
     transformers.logging.set_verbosity_error()
-    shape = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    hf = transformers.GPT2LMHeadModel(shape).eval().to(device, getattr(torch, dtype))
+    config = transformers.GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    hf = transformers.GPT2LMHeadModel(config).eval().to(device, getattr(torch, dtype))
     return lambda ids, n, **choice: hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
                                                 min_new_tokens=n, do_sample=True, pad_token_id=0, **choice)
 

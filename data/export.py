@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository, from any folder
+from data.bins import make_folder
 from data.run import read_checkpoint
 from data.text import gpt2_files
 from data.tokens import read_meta
@@ -62,6 +63,7 @@ def main(out_dir, folder):
         meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
     try:
         model = GPT.from_checkpoint(checkpoint)
+        make_folder(folder) # save_pretrained would only warn of a file there
         hf_model(model, meta).save_pretrained(folder)
     except (ValueError, OSError) as e:
         sys.exit(f"{out_dir} -> {folder}: {e}")

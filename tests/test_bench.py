@@ -246,9 +246,15 @@ def test_inference_says_whether_all_ways_write_the_same_text(gpt2_folder, run_he
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'), ('--start=', '--start must hold tokens'),
     ('--batches=1,4', "--batches must be like '1 4 16', not '1,4'"),
     ('--sizes=24x16', "--sizes must be like '24x16x1024 12x12x768', not '24x16'"),
+    ('--sizes=1x1x8 1x3x8', '--sizes=1x1x8 1x3x8: n_embd must be a multiple of n_head, got n_embd=8 and n_head=3'),
+    ('--prompts=1 1000', "--prompts=1 1000 and half of --max_new_tokens=100 do not fit"),
+    ('--out_dir=a_file', 'a_file: File exists'),
 ])
-def test_inference_refuses_what_it_cannot_do_in_one_line(flag, words, gpt2_folder, run_here):
-    assert_refused(run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', flag), words)
+def test_inference_refuses_what_it_cannot_do_in_one_line(flag, words, gpt2_folder, run_here, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a_file').touch()
+    bench = ['--bench=True'] if flag.startswith(('--sizes', '--prompts', '--out')) else []
+    assert_refused(run_here('inference.py', f'--init_from={gpt2_folder}', '--device=cpu', *bench, flag), words)
 
 
 def test_inference_times_all_ways_over_batch_sizes_and_writes_a_table_and_a_picture(tmp_path, run_here):

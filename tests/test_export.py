@@ -80,3 +80,10 @@ def test_ids_of_a_padded_vocabulary_are_never_written(tmp_path, gpt2_tokens):
 def test_a_missing_checkpoint_is_one_line(tmp_path):
     done = export(tmp_path, tmp_path / 'hf')
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'no checkpoint there' in done.stderr
+
+
+def test_a_file_where_the_folder_should_go_is_one_line(tmp_path):
+    checkpoint_in(tmp_path / 'out', {}, vocab_size=8, n_layer=1, n_embd=8)
+    (tmp_path / 'hf').touch()
+    done = export(tmp_path / 'out', tmp_path / 'hf')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'hf: File exists' in done.stderr

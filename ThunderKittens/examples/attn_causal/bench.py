@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.bins import make_folder
 from data.curves import write_section
 from data.run import commit as this_commit
 from ThunderKittens.examples.attn_causal import causal_attention, causal_attention_qkv, why_unavailable
@@ -285,7 +286,10 @@ def read_options(description, **more):
     parser.add_argument('--readme', action='store_true', help='write the table into README.md')
     parser.add_argument('--quick', action='store_true', help='two shapes, one pass')
     parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
-    return parser.parse_args()
+    options = parser.parse_args()
+    if 'out' in more:
+        make_folder(options.out)
+    return options
 
 
 def main():

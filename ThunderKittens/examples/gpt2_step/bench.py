@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data.bins import make_folder
 from data.curves import write_section
 
 HERE = Path(__file__).resolve().parent
@@ -114,6 +115,7 @@ def main():
     parser.add_argument('--readme', action='store_true', help='write the table into README.md')
     parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
     options = parser.parse_args()
+    make_folder(options.out)
     sizes = options.sizes.split(',')
     for size in sizes:
         if size not in SIZES:
