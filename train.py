@@ -227,7 +227,9 @@ except (ValueError, OSError) as e:
 data = {split: Tokens(Path('data', dataset), split, block_size, raw_model.config.vocab_size)
         for split in ('train', 'val')}
 raw_model.to(device)
-say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters")
+shape = raw_model.config # the model's own, whatever the settings say, where init_from is not scratch
+say(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, {'' if shape.bias else 'no '}biases: "
+    f"{raw_model.get_num_params() / 1e6:.2f}M parameters")
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 

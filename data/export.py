@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository, from any folder
 from data.bins import make_folder
-from data.run import read_checkpoint
+from data.run import how_read, read_checkpoint
 from data.text import gpt2_files
-from data.tokens import read_meta
 from model import GPT, TRANSPOSED
 
 
@@ -58,9 +57,7 @@ def hf_tokenizer(meta, block_size):
 
 def main(out_dir, folder):
     checkpoint = read_checkpoint(Path(out_dir, 'ckpt.pt'))
-    meta = checkpoint.get('tokenizer')
-    if meta is None: # nanoGPT's own checkpoint: the data set it names says how to read it
-        meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
+    meta = how_read(checkpoint)
     try:
         model = GPT.from_checkpoint(checkpoint)
         make_folder(folder) # save_pretrained would only warn of a file there

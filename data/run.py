@@ -239,20 +239,22 @@ def load_model(config):
     returns  (GPT in eval mode on the CPU, meta for data.tokens.tokenizer)
     raises   SystemExit with one line where there is no such model
     """
-    init_from = config['init_from']
-    checkpoint = read_checkpoint(Path(config['out_dir'], 'ckpt.pt')) if init_from == 'resume' else {}
+    init_from, resume = config['init_from'], config['init_from'] == 'resume'
+    checkpoint = read_checkpoint(Path(config['out_dir'], 'ckpt.pt')) if resume else {}
     config.update(known_heads(init_from, checkpoint))
     choose(config, for_training=False)
     ours = dict(dropout=0.0, TK_kernel=config['TK_kernel'])
     try:
-        resume = init_from == 'resume'
         model = GPT.from_checkpoint(checkpoint, **ours) if resume else GPT.from_pretrained(init_from, ours)
     except (ValueError, OSError) as e:
         sys.exit(f"--init_from={init_from}: {e}")
+    return model.eval(), how_read(checkpoint) if resume else {}
+
+
+def how_read(checkpoint):
+    """The meta of a checkpoint's tokens; one of nanoGPT's own has none: the data set that it names says it."""
     meta = checkpoint.get('tokenizer')
-    if meta is None and checkpoint: # a checkpoint of nanoGPT's own: the data set it names says how to read it
-        meta = read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', ''))))
-    return model.eval(), meta or {}
+    return read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', '')))) if meta is None else meta
 
 
 def known_heads(init_from, checkpoint):

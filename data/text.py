@@ -97,8 +97,8 @@ def choose_text(folder):
     (path, text, sha256) of what a prepare script is to work on: the file named on the command line,
     else folder/input.txt, fetched if it is not there: tiny Shakespeare or, offline, 38 plays.
     """
-    if len(sys.argv) > 2:
-        sys.exit(f"{sys.argv[0]} takes one text file or none, got {len(sys.argv) - 1}")
+    if len(sys.argv) > 2 or sys.argv[-1].startswith('-'):
+        sys.exit(f"{sys.argv[0]} takes one text file or none, got {' '.join(sys.argv[1:])}")
     path = Path(sys.argv[1]) if len(sys.argv) == 2 else Path(folder) / 'input.txt'
     if len(sys.argv) == 1 and not path.exists():
         write_whole(path, fetch_shakespeare(path))

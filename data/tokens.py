@@ -59,7 +59,9 @@ class Tokens:
         self.paths = [p for p in [Path(folder) / f'{split}.bin'] if p.exists()] \
             or sorted(Path(folder).glob(f'{split}_*.bin'))
         if not self.paths:
-            sys.exit(f"{folder}: no {split}.bin; prepare it with python {folder}/prepare.py")
+            script = Path(folder, 'prepare.py')
+            sys.exit(f"{folder}: no {split}.bin; " + (f"prepare it with python {script}" if script.exists() else
+                     f"data/custom/prepare.py --out_dir={folder} makes one of any text"))
         self.dtype = np.dtype(read_meta(folder).get('dtype', 'uint16'))
         self.headers = [self._header_bytes(path) for path in self.paths]
         lengths = [self._length(p, h) for p, h in zip(self.paths, self.headers)]

@@ -291,7 +291,8 @@ def test_bad_text_is_refused_in_one_line_and_the_old_set_stays(project, tmp_path
 
 
 @pytest.mark.parametrize('args, words', [(['none.txt'], 'none.txt: No such file'), (['data'], 'data: Is a directory'),
-                                         (['a.txt', 'b.txt'], 'one text file or none, got 2')])
+                                         (['a.txt', 'b.txt'], 'one text file or none, got a.txt b.txt'),
+                                         (['--help'], 'one text file or none, got --help')])
 def test_bad_arguments_are_refused_in_one_line(project, args, words):
     refused(prepare(project, 'shakespeare_char', *args), words)
 

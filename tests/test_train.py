@@ -123,6 +123,12 @@ def test_eval_only_leaves_the_log_of_the_run_that_is_there_as_it_is(tiny, run_he
         assert before == [Path('out', name).read_bytes() for name in ('log.csv', 'machine.txt', 'ckpt.pt')]
 
 
+def test_what_a_run_says_of_its_model_is_the_models_own(tiny, run_here):
+    for flags in ([], ['--init_from=resume', '--n_layer=5', '--bias=True']): # a checkpoint has its own
+        ran = run_here('train.py', *TINY, *flags)
+        assert lines(ran, '2 layers') == ['2 layers, 2 heads, 32 channels, no biases: 0.03M parameters']
+
+
 def test_full_val_is_the_loss_of_every_token_of_val_bin(tiny, run_here):
     ran = run_here('train.py', *TINY, '--max_iters=4', '--full_val=True')
     model, ids = PlainGPT(**SHAPE), torch.from_numpy(np.fromfile(tiny / 'val.bin', np.uint16).astype(np.int64))
@@ -400,11 +406,12 @@ def test_a_refused_run_of_its_own_process_exits_with_1_and_no_traceback(tiny):
     (lambda path: path.write_bytes(b''), 'the file is empty; prepare the data again'),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'the file is cut off; prepare the data again'),
     (lambda path: write_ids(path, [20] * 400), 'token id 20 is not below vocab_size=20'),
-    (lambda path: path.unlink(), 'prepare it with python data/tiny/prepare.py'),
-], ids=['empty', 'truncated', 'ids', 'missing'])
+    (lambda path: path.unlink(), 'data/custom/prepare.py --out_dir=data/tiny makes one of any text'),
+    (lambda path: path.rename(path.with_name('prepare.py')), 'prepare it with python data/tiny/prepare.py'),
+], ids=['empty', 'truncated', 'ids', 'missing', 'not_prepared'])
 def test_damaged_data_is_refused_in_one_line(name, damage, words, tiny, run_here):
     damage(tiny / name)
-    assert_refused(run_here('train.py', *TINY), words, name if words[0] != 'p' else name[:3])
+    assert_refused(run_here('train.py', *TINY), words, name)
 
 
 @pytest.mark.parametrize('checked_at_start', [True, False])
