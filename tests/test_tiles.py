@@ -123,22 +123,11 @@ def test_what_lies_outside_reads_as_zero_and_is_not_written(call, rows, start, t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('rows', [1, 33, 64])
-def test_adding_adds_and_stops_at_the_last_row(call, rows):
-    x = integers(64, 64, dtype=torch.float32)
-    guarded = integers(64, 64, dtype=torch.float32)
-    run = integers(64, 64, dtype=torch.float32)
-    want, want_run = guarded.clone(), run + x
-    want[:rows] += x[:rows]
-    call('tma', 'test_add_box', x, guarded, rows, run)
-    assert torch.equal(guarded, want) and torch.equal(run, want_run)
-
-
-@pytest.mark.gpu
-def test_bytes_go_there_and_back(call):
-    x, out = torch.randn(64, 64, device='cuda'), poisoned(64, 64)
-    call('tma', 'test_copy_bytes', x, out)
-    assert torch.equal(out, x)
+def test_adding_adds(call):
+    x, out = (integers(64, 64, dtype=torch.float32) for _ in range(2))
+    want = out + x
+    call('tma', 'test_add', x, out)
+    assert torch.equal(out, want)
 
 
 @pytest.mark.gpu
@@ -158,23 +147,22 @@ def test_who_waits_at_a_named_barrier_sees_what_was_written_before_it(call):
 
 
 @pytest.mark.gpu
-def test_fragments_reach_shared_memory_as_they_lie_and_turned_over(call):
+def test_fragments_reach_shared_memory_as_they_lie(call):
     x = integers(64, 128, low=-128, high=128, dtype=torch.float32)
-    out, turned = poisoned(64, 128, dtype=torch.bfloat16), poisoned(128, 64, dtype=torch.bfloat16)
+    out = poisoned(64, 128, dtype=torch.bfloat16)
     differing = torch.zeros(1, device='cuda', dtype=torch.int32)
-    call('warp', 'test_round_trip', x, out, turned, differing)
+    call('warp', 'test_round_trip', x, out, differing)
     assert torch.equal(out.float(), x)
-    assert torch.equal(turned.float(), x.T)
     assert differing.item() == 0, "ldmatrix does not give back what stmatrix wrote"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('first_row', [0, 1, 17, 63, 64, 127, -3])
-def test_maps_and_reductions_by_row_and_the_mask_at_any_offset(call, first_row):
+def test_maps_and_the_maximum_by_row_and_the_mask_at_any_offset(call, first_row):
     x = integers(64, 128, low=-99, high=100, dtype=torch.float32)
-    rows, masked = poisoned(64, 2), poisoned(64, 128)
+    rows, masked = poisoned(64), poisoned(64, 128)
     call('warp', 'test_maps', x, rows, masked, first_row)
-    assert torch.equal(rows, torch.stack([x.amax(1), x.sum(1)], 1))
+    assert torch.equal(rows, x.amax(1))
     row = torch.arange(64, device='cuda')[:, None]
     future = torch.arange(128, device='cuda')[None, :] > row + first_row
     assert torch.equal(masked, x.masked_fill(future, -5.0) * row)
@@ -202,8 +190,8 @@ def test_powers_logarithms_and_rounding_of_one_thread(call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('b_form', [0, 1], ids=['b-as-it-lies', 'b-transposed'])
-@pytest.mark.parametrize('a_form', [0, 1, 2], ids=['a-as-it-lies', 'a-transposed', 'a-in-registers'])
+@pytest.mark.parametrize('a_form, b_form', [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1)],
+                         ids=['ABt', 'AB', 'AtB', 'registers-ABt', 'registers-AB'])
 @pytest.mark.parametrize('K', [64, 128])
 @pytest.mark.parametrize('N', [64, 128])
 def test_every_form_of_the_product_is_exact_on_integers(call, N, K, a_form, b_form):

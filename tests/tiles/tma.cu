@@ -26,32 +26,16 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap in, const __grid_co
     }
 }
 
-// out[rows][C] += in[R][C] by box, then += again as runs of bytes
-__global__ void add_box(const float* in, const __grid_constant__ CUtensorMap out, float* run) {
+// out[R][C] += in[R][C]
+__global__ void add(const float* in, float* out) {
     smem_plan& s = shared_as<smem_plan>();
     for (int i = threadIdx.x; i < R * C; i += blockDim.x) s.floats[i] = in[i];
     fence_async();
     __syncthreads();
     if (threadIdx.x == 0) {
-        tma::reduce_add(out, smem_address(s.floats), 0, 0, 0, 0);
-        tma::reduce_add_floats(run, smem_address(s.floats), R * C * 4);
+        tma::reduce_add_floats(out, smem_address(s.floats), R * C * 4);
         tma::commit();
         tma::wait_read<0>();
-        tma::wait_written<0>();
-    }
-}
-
-// bytes there and back
-__global__ void copy_bytes(const float* in, float* out) {
-    smem_plan& s = shared_as<smem_plan>();
-    if (threadIdx.x == 0) {
-        init(s.arrived, 1);
-        fence_init();
-        expect(s.arrived, R * C * 4);
-        tma::load_bytes(smem_address(s.floats), in, R * C * 4, s.arrived);
-        wait(s.arrived, 0);
-        tma::store_bytes(out, smem_address(s.floats), R * C * 4);
-        tma::commit();
         tma::wait_written<0>();
     }
 }
@@ -60,10 +44,6 @@ extern "C" int test_copy_box(void* in, int in_rows, void* out, int out_rows, int
     return launch(copy_box, 1, 128, sizeof(smem_plan), plain_map(in, in_rows, C, R, 64),
                   plain_map(out, out_rows, C, R, 64), from, to);
 }
-extern "C" int test_add_box(void* in, void* out, int out_rows, void* run) {
-    return launch(add_box, 1, 128, sizeof(smem_plan), static_cast<const float*>(in),
-                  plain_map(out, out_rows, C, R, C, 4), static_cast<float*>(run));
-}
-extern "C" int test_copy_bytes(void* in, void* out) {
-    return launch(copy_bytes, 1, 32, sizeof(smem_plan), static_cast<const float*>(in), static_cast<float*>(out));
+extern "C" int test_add(void* in, void* out) {
+    return launch(add, 1, 128, sizeof(smem_plan), static_cast<const float*>(in), static_cast<float*>(out));
 }

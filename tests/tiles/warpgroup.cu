@@ -1,7 +1,7 @@
 // ops/warpgroup.cuh and arch/wgmma.cuh: every form of the product, by one warpgroup.
 #include "harness.cuh"
 
-// A is 64 x K, as it lies (0) or transposed (1) or from registers (2); B is N x K as it lies or K x N.
+// A is 64 x K, as it lies (0), transposed (1: then B is too) or from registers (2); B is N x K as it lies or K x N.
 enum { AS_IT_LIES, TRANSPOSED, REGISTERS };
 
 template <int N, int K, int a_form, int b_form> struct smem_plan {
@@ -41,7 +41,6 @@ __global__ void __launch_bounds__(128)
         if constexpr (a_form == REGISTERS && b_form == TRANSPOSED) warpgroup::mma_AB(d, a_reg, s.b, accumulate);
         if constexpr (a_form == AS_IT_LIES && b_form == AS_IT_LIES) warpgroup::mma_ABt(d, s.a, s.b, accumulate);
         if constexpr (a_form == AS_IT_LIES && b_form == TRANSPOSED) warpgroup::mma_AB(d, s.a, s.b, accumulate);
-        if constexpr (a_form == TRANSPOSED && b_form == AS_IT_LIES) warpgroup::mma_AtBt(d, s.a, s.b, accumulate);
         if constexpr (a_form == TRANSPOSED && b_form == TRANSPOSED) warpgroup::mma_AtB(d, s.a, s.b, accumulate);
     }
     wgmma::commit();
@@ -65,7 +64,6 @@ template <int N, int K> int run_form(int a_form, int b_form, void* a, void* b, f
     switch (2 * a_form + b_form) {
         case 0: return run<N, K, AS_IT_LIES, AS_IT_LIES>(a, b, out);
         case 1: return run<N, K, AS_IT_LIES, TRANSPOSED>(a, b, out);
-        case 2: return run<N, K, TRANSPOSED, AS_IT_LIES>(a, b, out);
         case 3: return run<N, K, TRANSPOSED, TRANSPOSED>(a, b, out);
         case 4: return run<N, K, REGISTERS, AS_IT_LIES>(a, b, out);
         default: return run<N, K, REGISTERS, TRANSPOSED>(a, b, out);

@@ -61,7 +61,7 @@ void check_dropout(float dropout, uintptr_t seed) {
 
 void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, int64_t B, int64_t H, int64_t N,
              int64_t D, const py::tuple& q_strides, const py::tuple& k_strides, const py::tuple& v_strides,
-             const py::tuple& o_strides, uintptr_t stream, float dropout, uintptr_t seed, int section_heads) {
+             const py::tuple& o_strides, uintptr_t stream, float dropout, uintptr_t seed) {
     check_sizes(B, H, N, D);
     if (lse % 4 != 0) throw py::value_error("lse must be an aligned address of floats, or 0");
     const int64_t extents[3] = {B, H, N};
@@ -78,7 +78,6 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse, 
     check_dropout(dropout, seed);
     problem.dropout = dropout;
     problem.seed = reinterpret_cast<const int64_t*>(seed);
-    problem.section_heads = section_heads;
     if (const char* error = launch_causal_forward(&problem, reinterpret_cast<void*>(stream)))
         throw std::runtime_error(std::string("causal attention forward: ") + error);
 }
@@ -130,7 +129,6 @@ PYBIND11_MODULE(h100_attn_causal, m) {
     m.def("forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("B"),
           py::arg("H"), py::arg("N"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
           py::arg("o_strides"), py::arg("stream"), py::arg("dropout") = 0.f, py::arg("seed") = 0,
-          py::arg("section_heads") = 0,
           "Queue the forward on `stream`: bf16 q, k, v, o by address with strides (batch, head, row) in elements, "
           "float lse (B, H, N), or 0 where no backward follows.");
     m.def("backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),

@@ -475,10 +475,9 @@ template <int D, bool drop> const char* launch(const fwd_problem& x, cudaStream_
     const int heads = x.B * x.H;
     const int64_t all = static_cast<int64_t>(heads) * tiles_per_head<D>(x.N);
     const int blocks = static_cast<int>(std::min<int64_t>(multiprocessors[device], all));
-    const int section = x.section_heads > 0 ? x.section_heads : fwd_shape<D>::section_heads(x.N);
     static schedule_cache known;
     const int pieces = args.pieces;
-    args.schedule = known.get(heads, std::min(section, heads), tiles_per_head<D>(x.N), blocks,
+    args.schedule = known.get(heads, std::min(fwd_shape<D>::section_heads(x.N), heads), tiles_per_head<D>(x.N), blocks,
                               [pieces](int rank) { return cost_of_tile<D>(pieces, rank); });
     causal_forward<D, drop><<<blocks, (fwd_shape<D>::consumers + 1) * 128, sizeof(fwd_smem<D>), stream>>>(args);
     const cudaError_t e = cudaGetLastError();

@@ -16,7 +16,6 @@ struct fwd_problem {
     int B, H, N, D;
     float dropout = 0.f;           // probability that a score is dropped after the softmax
     const int64_t* seed = nullptr; // on the device, read when the kernel runs; needed where dropout > 0
-    int section_heads = 0;         // heads computed at the same time; 0: as shapes.cuh says
 };
 
 } // namespace attn

@@ -1,4 +1,4 @@
-// shapes.cuh: what the kernels are cut into. One column a head dim; nothing else hard-codes a size.
+// shapes.cuh: what the kernels are cut into, a struct a head dim; nothing else hard-codes a size.
 //
 // D is the head dim as tiles have it, 64 or 128; a smaller one is filled up with zeros by TMA.
 #pragma once

@@ -20,12 +20,6 @@ KITTENS_DEVICE void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
                  "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
-// the same with every 8x8 matrix turned over its diagonal
-KITTENS_DEVICE void stmatrix_transposed(uint32_t address, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-}
 // [ld.shared.v2] two neighbouring floats; volatile, so it stays behind the wait that it is written behind
 KITTENS_DEVICE float2 load_pair(uint32_t address) {
     float2 x;

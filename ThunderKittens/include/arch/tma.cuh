@@ -62,23 +62,7 @@ KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, 
                  "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                  : "memory");
 }
-// box += shared memory, element by element, in L2; the map's type says of what (float, bf16)
-KITTENS_DEVICE void reduce_add(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-                     &map),
-                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
-}
-// runs of bytes: 16-byte aligned, a multiple of 16
-KITTENS_DEVICE void load_bytes(uint32_t dst, const void* src, uint32_t bytes, semaphore& bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(bar.address())
-                 : "memory");
-}
-KITTENS_DEVICE void store_bytes(void* dst, uint32_t src, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
-                 : "memory");
-}
+// dst += shared memory, run by run: 16-byte aligned, a multiple of 16 bytes
 KITTENS_DEVICE void reduce_add_floats(float* dst, uint32_t src, uint32_t bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src),
                  "r"(bytes)

@@ -58,18 +58,6 @@ template <int C> KITTENS_DEVICE void row_max(rv_fl& row, const rt_fl<C>& src) {
     reduce_quad(row, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// row[r] = sum over c of src[r][c]
-// normalisers, and the row sums of dO o O
-template <int C> KITTENS_DEVICE void row_sum(rv_fl& row, const rt_fl<C>& src) {
-    row.data[0] = row.data[1] = 0.f;
-#pragma unroll
-    for (int i = 0; i < C / 2; i += 4) {
-        row.data[0] += src.data[i] + src.data[i + 1];
-        row.data[1] += src.data[i + 2] + src.data[i + 3];
-    }
-    reduce_quad(row, [](float a, float b) { return a + b; });
-}
-
 // dst[r][c] = value where c > r + first_row, `first_row` counted from the tile's first column
 // hides the future on the diagonal
 template <int C> KITTENS_DEVICE void hide_above_diagonal(rt_fl<C>& dst, int first_row, float value) {
@@ -99,17 +87,6 @@ template <class Tile, int C> KITTENS_DEVICE void store(const Tile& dst, int row,
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int k = 0; k < C / 16; k++) stmatrix(dst.address(row + (lane & 15), 2 * k + (lane >> 4)), src.data[k]);
-}
-
-// dst[c][col + r] = src[r][c], 16 rows r; col a multiple of 16
-// turning scores over on their way to shared memory
-template <class Tile, int C> KITTENS_DEVICE void store_transposed(const Tile& dst, int col, const rt_bf<C>& src) {
-    static_assert(Tile::rows >= C, "the register tile is wider than the shared one is high");
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int k = 0; k < C / 16; k++)
-        stmatrix_transposed(dst.address(16 * k + ((lane >> 4) & 1) * 8 + (lane & 7), col / 8 + ((lane >> 3) & 1)),
-                            src.data[k]);
 }
 
 // dst[r][c] = src[row + r][c], 16 rows

@@ -75,12 +75,5 @@ template <int N, class A, class B> KITTENS_DEVICE void mma_AtB(rt_fl<N>& d, cons
         wgmma::ss<1, 1>(d.data, across_k(a, k), across_k(b, k), k != 0 || accumulate);
 }
 
-// d[m][n] (+)= sum over k of a[k][m] b[n][k]
-template <int N, class A, class B> KITTENS_DEVICE void mma_AtBt(rt_fl<N>& d, const A& a, const B& b, int accumulate) {
-    static_assert(A::cols == 64 && B::rows == N && A::rows == B::cols, "a is K x 64, b is N x K");
-#pragma unroll
-    for (int k = 0; k < A::rows / 16; k++) wgmma::ss<1, 0>(d.data, across_k(a, k), along_k(b, k), k != 0 || accumulate);
-}
-
 } // namespace warpgroup
 } // namespace kittens
