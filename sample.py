@@ -69,7 +69,8 @@ except ValueError as e:
 if not prompts or not all(prompts):
     sys.exit("--start must hold at least one character, got an empty text")
 if max(map(max, prompts)) >= model.config.vocab_size:
-    sys.exit(f"--start: token {max(map(max, prompts))} is not below the model's vocab_size={model.config.vocab_size}")
+    sys.exit(f"--start: token {max(map(max, prompts))} is not below the model's vocab_size={model.config.vocab_size}"
+             + ("" if init_from == 'resume' else "; a folder's model is read with GPT-2's tokens"))
 
 torch.set_float32_matmul_precision('high')
 model.to(device)

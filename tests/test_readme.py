@@ -192,7 +192,7 @@ def test_the_tree_of_the_readme_is_there():
         assert list(ROOT.glob(path.replace('<name>', '*').rstrip('/'))), path
 
 
-@pytest.mark.parametrize('name', ['step', 'generation', 'curves chars', 'curves gpt2'])
+@pytest.mark.parametrize('name', ['step', 'generation', 'curves chars', 'curves gpt2', 'curves step'])
 def test_every_table_that_a_command_writes_has_its_place_in_the_readme(name, tmp_path):
     page = tmp_path / 'README.md'
     page.write_text(README)

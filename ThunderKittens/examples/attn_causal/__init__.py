@@ -21,15 +21,20 @@ def _load():
     return load_module(HERE, MODULE, sources_hash(), BUILD)
 
 
-def why_unavailable():
-    """'' where causal_attention runs, else the reason in one line: no GPU, another GPU, not built, built for another
-    Python, or stale, with the command that builds it."""
+def why_no_h100():
+    """'' where the current device is one, else what it is, in one line."""
     if not torch.cuda.is_available():
         return "no CUDA device: the kernels need an H100 (sm_90)"
     capability = torch.cuda.get_device_capability()
     if capability != (9, 0):
         return f"the kernels need an H100 (sm_90), this device is sm_{capability[0]}{capability[1]}"
-    return _load()[1]
+    return ''
+
+
+def why_unavailable():
+    """'' where causal_attention runs, else the reason in one line: no GPU, another GPU, not built, built for another
+    Python, or stale, with the command that builds it."""
+    return why_no_h100() or _load()[1]
 
 
 def why_not_for(head_dim, dropout=0.0):

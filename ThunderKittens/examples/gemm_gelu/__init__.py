@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..attn_causal import why_no_h100
 from ..attn_causal.h100_fwd_setup import load_module, sources_hash
 from .h100_gemm_setup import HERE, MODULE
 
@@ -25,12 +26,7 @@ def _load():
 def why_unavailable():
     """'' where the kernels run, else the reason in one line: no GPU, another GPU, not built, built for another Python,
     or stale, with the command that builds them."""
-    if not torch.cuda.is_available():
-        return "no CUDA device: the kernels need an H100 (sm_90)"
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        return f"the kernels need an H100 (sm_90), this device is sm_{capability[0]}{capability[1]}"
-    return _load()[1]
+    return why_no_h100() or _load()[1]
 
 
 def why_not_for(n_in, n_out):
