@@ -41,6 +41,7 @@ from model import GPT
 
 
 PINNED_bytes = 32 << 20 # of host memory that a GPU writes to directly
+FIRST_PICTURE_after_s = 20 # of a run: the first one takes a second, for matplotlib is loaded for it
 
 
 class Checkpoints:
@@ -312,7 +313,7 @@ class RunLog:
 
     def __init__(self, out_dir, first_step, title, say):
         self.title, self.say, self.wandb_run, self.warned = title, say, None, set()
-        self.no_drawing_before, self.undrawn = 0.0, False
+        self.no_drawing_before, self.undrawn = time.monotonic() + FIRST_PICTURE_after_s, False
         self.rows, self.csv_path = [], None
         if out_dir is None:
             return

@@ -163,6 +163,9 @@ def test_a_picture_that_was_left_out_to_save_time_is_drawn_at_the_end(tmp_path):
     run_log, picture = RunLog(tmp_path, 0, "a title", print), tmp_path / 'loss.png'
     run_log.add({'step': 0, 'val_loss': 2.0})
     run_log.draw()
+    assert not picture.exists(), "a run that has just begun has better things to do"
+    run_log.no_drawing_before = 0.0 # as if it had run for a while
+    run_log.draw()
     first = picture.read_bytes()
     run_log.add({'step': 10, 'val_loss': 1.0})
     run_log.draw() # less than 19 times the first drawing's time later
