@@ -254,6 +254,8 @@ checkpoint = None # free its memory
 fast_step = None
 if fast:
     fast_step = TrainStep(raw_model, optimizer, grad_clip, getattr(torch, residual), getattr(torch, dtype))
+    if not eval_only:
+        fast_step.compile(batch_size, block_size)
 model = torch.compile(raw_model) if compile else raw_model
 if ddp and not fast:
     model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)

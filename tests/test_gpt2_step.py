@@ -514,3 +514,23 @@ def test_a_bfloat16_residual_stream_is_another_one_and_close(cuda):
     found = [step_of(small(cuda, TK_kernel=True), residual=residual).forward_backward(x, y).item()
              for residual in (torch.float32, torch.bfloat16)]
     assert found[0] != found[1] == pytest.approx(found[0], abs=0.02)
+
+
+@on_gpu
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_all_kernels_of_a_step_are_compiled_before_it_which_leaves_no_trace(dropout, cuda, monkeypatch):
+    triton = pytest.importorskip('triton')
+    n_embd = 256 if dropout else 128 # widths that no other test has
+    step, other = (step_of(small(cuda, n_embd=n_embd, n_head=2, dropout=dropout)) for _ in range(2))
+    before, random = step.params.clone(), torch.cuda.get_rng_state()
+    step.compile(4, 64)
+    assert torch.equal(step.params, before) and not step.exp_avg.any() and not step.steps.any()
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, 'jit_post_compile_hook', lambda **kernel: compiled.append(kernel['repr']))
+    x, y = torch.randint(999, (4, 64), device=cuda), torch.randint(999, (4, 64), device=cuda)
+    found = []
+    for this in (step, other):
+        torch.cuda.manual_seed(5)
+        found.append([f(x, y).item() for f in (this.evaluate, this.forward_backward)] + [this.update().item()])
+    assert not compiled and found[0] == found[1]

@@ -148,6 +148,21 @@ class TrainStep:
             list(self._play(('evaluate',), self._evaluate, x, y))
         return self.loss.clone()
 
+    def compile(self, B, T):
+        """
+        Compile what batches of (B, T) need, all kernels at once, before the first of them comes. Parameters, state and
+        random numbers stay as they are, gradients are forgotten; all processes call this together.
+        """
+        if not self.params.is_cuda:
+            return
+        x = torch.zeros(B, T, dtype=torch.long, device=self.device)
+        with torch.random.fork_rng([self.device]), kernels.compiled_together(self.device):
+            self.forward_backward(x, x)
+            self.evaluate(x, x)
+            self.update()
+        self.graphs.clear() # nothing has run
+        self.grads.zero_()
+
     def update(self):
         """Clip the gradients and step, unless one is not finite: returns 1 if so and 0 otherwise, 0-d on the device."""
         self.lr.fill_(self.optimizer.param_groups[0]['lr'])

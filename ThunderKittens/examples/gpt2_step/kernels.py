@@ -4,7 +4,9 @@ The passes over memory between a GPT's matmuls, each in one kernel and, beside i
 Every function runs its Triton kernel on a CUDA device and its plain definition elsewhere, in any float dtype.
 M rows (tokens), C channels, V vocabulary. `seed` is a device tensor of one int64; a mask depends on seed and place.
 """
+import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,34 @@ def _warps(values):
     return max(1, min(8, values // 32))
 
 
+_planned = None # while compiled_together: the kernels that would have been launched
+
+
+def _launch(kernel, programs, *args, **options):
+    if _planned is None:
+        kernel[(programs,)](*args, **options)
+    else:
+        _planned.append(kernel.warmup(*args, grid=(programs,), **options))
+
+
+@contextlib.contextmanager
+def compiled_together(device):
+    """
+    Inside, no kernel is launched: those that would be are compiled, all at the same time, and ready at the end. One
+    after the other, each when it is first needed, takes half a second for each kernel.
+    """
+    global _planned
+    _planned = []
+    try:
+        with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as threads:
+            with triton.AsyncCompileMode(threads):
+                yield
+            kernels = {kernel.result() if hasattr(kernel, 'result') else kernel for kernel in _planned}
+            list(threads.map(lambda kernel: kernel.run, kernels)) # compiles and loads what launches them
+    finally:
+        _planned = None
+
+
 # ---- dropout -----------------------------------------------------------------------------------------------------
 
 def keep_mask(seed, shape, p):
@@ -39,7 +69,7 @@ def keep_mask(seed, shape, p):
     M, C = shape
     if seed.is_cuda:
         mask = torch.empty(shape, dtype=torch.float32, device=seed.device)
-        _keep_mask[(M,)](mask, seed, C, *_threshold(p), _block(C))
+        _launch(_keep_mask, M, mask, seed, C, *_threshold(p), _block(C))
         return mask
     bits = torch.arange(M * C).view(shape)
     for half in (int(seed) & 0xFFFFFFFF, int(seed) >> 32):
@@ -65,7 +95,7 @@ def embed(ids, wte, wpe, seed, p, dtype):
         x = (wte[ids] + wpe[:T]).view(B * T, C).to(dtype)
         return x * keep_mask(seed, x.shape, p).to(dtype) if p else x
     x = torch.empty(B * T, C, dtype=dtype, device=ids.device)
-    _embed[(B * T,)](ids, wte, wpe, x, seed, T, C, *_threshold(p), _block(C), p > 0)
+    _launch(_embed, B * T, ids, wte, wpe, x, seed, T, C, *_threshold(p), _block(C), p > 0)
     return x
 
 
@@ -74,8 +104,8 @@ def embed_backward(dx, ids, seed, p, dwte, dwpe, add):
     B, T = ids.shape
     C = dx.size(1)
     if dx.is_cuda and not torch.are_deterministic_algorithms_enabled():
-        _embed_backward[(len(dwpe),)](dx, ids, dwte, dwpe, seed, B, T, C, *_threshold(p), 4, _block(C), add, p > 0,
-                                      num_warps=_warps(4 * _block(C)))
+        _launch(_embed_backward, len(dwpe), dx, ids, dwte, dwpe, seed, B, T, C, *_threshold(p), 4, _block(C), add,
+                p > 0, num_warps=_warps(4 * _block(C)))
         return
     if p:
         dx = dx * keep_mask(seed, dx.shape, p).to(dx.dtype)
@@ -110,9 +140,8 @@ def add_norm(x, branch, weight, bias, seed, p, half):
         h = torch.empty(M, C, dtype=half, device=x.device)
         stats = torch.empty(M, 2, dtype=torch.float32, device=x.device)
         rows = 4 if C <= 1024 else 2
-        _add_norm[(-(-M // rows),)](x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS, TINY,
-                                    rows, _block(C), branch is not None, bias is not None, p > 0,
-                                    num_warps=_warps(rows * _block(C)))
+        _launch(_add_norm, -(-M // rows), x, branch, weight, bias, seed, after, h, stats, M, C, *_threshold(p), EPS,
+                TINY, rows, _block(C), branch is not None, bias is not None, p > 0, num_warps=_warps(rows * _block(C)))
         return after, h, stats
     if branch is not None:
         x = x + (branch * keep_mask(seed, x.shape, p) if p else branch).to(x.dtype)
@@ -142,9 +171,9 @@ def norm_backward(dh, saved, stats, weight, dx, seed, p, dweight, dbias, residua
     if dh.is_cuda:
         out, dbranch = torch.empty_like(dh, dtype=residual) if dx is None else dx, torch.empty_like(dh)
         rows = 4 if C <= 1024 else 2
-        _norm_backward[(PROGRAMS,)](dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C,
-                                    *_threshold(p), TINY, rows, _block(C), dx is not None, dbias is not None, p > 0,
-                                    num_warps=_warps(rows * _block(C)))
+        _launch(_norm_backward, PROGRAMS, dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C,
+                *_threshold(p), TINY, rows, _block(C), dx is not None, dbias is not None, p > 0,
+                num_warps=_warps(rows * _block(C)))
         return out, dbranch
     mean, rstd = stats[:, :1], stats[:, 1:]
     normed = saved / _not_0(weight) if dbias is None else (saved - mean) * rstd
@@ -164,7 +193,7 @@ def gelu(x, tanh):
     if not x.is_cuda:
         return F.gelu(x, approximate='tanh' if tanh else 'none')
     y = torch.empty_like(x)
-    _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), tanh, 2048, num_warps=8)
+    _launch(_gelu, triton.cdiv(x.numel(), 2048), x, y, x.numel(), tanh, 2048, num_warps=8)
     return y
 
 
@@ -172,7 +201,7 @@ def gelu_backward(x, dy, tanh, again=None):
     """dy times GELU's derivative at x, written over dy; `again` takes GELU of x once more."""
     if x.is_cuda:
         n = x.numel()
-        _gelu_backward[(triton.cdiv(n, 2048),)](x, dy, again, n, tanh, again is not None, 2048, num_warps=8)
+        _launch(_gelu_backward, triton.cdiv(n, 2048), x, dy, again, n, tanh, again is not None, 2048, num_warps=8)
         return dy
     if again is not None:
         again.copy_(gelu(x, tanh))
@@ -221,8 +250,8 @@ def cross_entropy_(logits, targets, losses, share, counted, n_tokens, gradient):
     M, width = logits.shape
     if logits.is_cuda:
         lanes = min(4096, _block(width))
-        _cross_entropy[(M,)](logits, targets, losses, share, counted, n_tokens, width, 2, lanes, gradient,
-                             num_warps=max(1, min(16, lanes // 128)))
+        _launch(_cross_entropy, M, logits, targets, losses, share, counted, n_tokens, width, 2, lanes, gradient,
+                num_warps=max(1, min(16, lanes // 128)))
         return
     wide = logits[:, :n_tokens].to(losses.dtype)
     losses.copy_(F.cross_entropy(wide, targets, ignore_index=-1, reduction='none'))
@@ -239,7 +268,7 @@ def squares(x):
     if not x.is_cuda:
         return x.square().sum()[None]
     parts = torch.empty(4 * PROGRAMS, dtype=torch.float32, device=x.device)
-    _squares[(4 * PROGRAMS,)](x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
+    _launch(_squares, 4 * PROGRAMS, x, parts, x.numel(), 4 * PROGRAMS, 4096, num_warps=8)
     return parts
 
 
@@ -256,8 +285,8 @@ def plan_(hyper, bad, steps, parts, lr, decay, grad_clip, beta1, beta2):
     """
     if hyper.is_cuda:
         logs = [math.log(beta or 1e-300) for beta in (beta1, beta2)] # float32 would be too coarse for a beta near 1
-        _plan[(1,)](hyper, bad, steps, parts, lr, decay, grad_clip, *logs, len(steps), len(parts), _block(len(steps)),
-                    _block(len(parts)))
+        _launch(_plan, 1, hyper, bad, steps, parts, lr, decay, grad_clip, *logs, len(steps), len(parts),
+                _block(len(steps)), _block(len(parts)))
         return
     norm = parts.sum().sqrt()
     good = norm.isfinite()
@@ -278,8 +307,8 @@ def adamw_(p, half, grad, exp_avg, exp_avg_sq, hyper, beta1, beta2, eps, undecay
     undecayed  the first so many are not decayed
     """
     if p.is_cuda:
-        _adamw[(triton.cdiv(p.numel(), 2048),)](p, half, grad, exp_avg, exp_avg_sq, hyper, p.numel(), undecayed, beta1,
-                                                beta2, eps, 2048, num_warps=8)
+        _launch(_adamw, triton.cdiv(p.numel(), 2048), p, half, grad, exp_avg, exp_avg_sq, hyper, p.numel(), undecayed,
+                beta1, beta2, eps, 2048, num_warps=8)
         return
     lr, decay, factor, correction1, correction2, go = hyper.tolist()
     if not go:
@@ -308,13 +337,13 @@ if triton:
         bits = _mixed(bits + (seed >> 32).to(tl.uint32))
         return tl.where(bits >= threshold.to(tl.uint32), scale, 0.0)
 
-    @triton.jit(do_not_specialize=['threshold'])
+    @triton.jit(do_not_specialize=['seed', 'threshold'])
     def _keep_mask(mask, seed, C, threshold, scale, BLOCK: tl.constexpr):
         c = tl.arange(0, BLOCK)
         at = tl.program_id(0) * C + c
         tl.store(mask + at, _kept(seed, at, threshold, scale), mask=c < C)
 
-    @triton.jit(do_not_specialize=['threshold'])
+    @triton.jit(do_not_specialize=['seed', 'threshold'])
     def _embed(ids, wte, wpe, x, seed, T, C, threshold, scale, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
         row, c = tl.program_id(0), tl.arange(0, BLOCK)
         token = tl.load(ids + row)
@@ -324,7 +353,7 @@ if triton:
             value *= _kept(seed, at, threshold, scale)
         tl.store(x + at, value, mask=c < C)
 
-    @triton.jit(do_not_specialize=['threshold'])
+    @triton.jit(do_not_specialize=['seed', 'threshold'])
     def _embed_backward(dx, ids, dwte, dwpe, seed, B, T, C, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                         ADD: tl.constexpr, DROPOUT: tl.constexpr):
         place, c = tl.program_id(0), tl.arange(0, BLOCK)
@@ -344,7 +373,7 @@ if triton:
             total += tl.load(here, mask=c < C)
         tl.store(here, total, mask=c < C)
 
-    @triton.jit(do_not_specialize=['threshold'])
+    @triton.jit(do_not_specialize=['seed', 'threshold'])
     def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, tiny, ROWS: tl.constexpr,
                   BLOCK: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr):
         c = tl.arange(0, BLOCK)[None, :]
@@ -368,7 +397,7 @@ if triton:
         tl.store(stats + row * 2, mean, mask=row < M)
         tl.store(stats + row * 2 + 1, rstd, mask=row < M)
 
-    @triton.jit(do_not_specialize=['threshold'])
+    @triton.jit(do_not_specialize=['seed', 'threshold'])
     def _norm_backward(dh, saved, stats, weight, dx, seed, out, dbranch, dweight, dbias, M, C, threshold, scale, tiny,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, BIAS: tl.constexpr,
                        DROPOUT: tl.constexpr):
