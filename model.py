@@ -304,12 +304,12 @@ class GPT(nn.Module):
                            gelu='none' if hf_config.activation_function == 'gelu' else 'tanh', **(override_args or {}))
         return cls.from_state_dict(config, weights)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, kind=torch.optim.AdamW):
         """AdamW that decays matrices and embeddings, and neither biases nor LayerNorms; fused on CUDA."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
+        return kind(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
 
     def cast_linears(self, dtype):
         """Linear weights and biases in `dtype`, as autocast casts them at each use, for generation. The head's are no

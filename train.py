@@ -27,7 +27,7 @@ from data.run import (Checkpoints, RunLog, StopSignal, begun_before, explain_err
                       leave_group, newest_checkpoint)
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
-from ThunderKittens.examples.gpt2_step import TrainStep
+from ThunderKittens.examples.gpt2_step import AdamW, TrainStep
 
 _started = time.time()
 # -----------------------------------------------------------------------------
@@ -231,7 +231,8 @@ shape = raw_model.config # the model's own, whatever the settings say, where ini
 say(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, {'' if shape.bias else 'no '}biases: "
     f"{raw_model.get_num_params() / 1e6:.2f}M parameters")
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
+                                           AdamW if fast and init_from != 'resume' else torch.optim.AdamW)
 
 # where the run stands
 step, best_val_loss, resumed = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', 1e9), {}

@@ -8,7 +8,7 @@ import torch
 from data.run import leave_group
 from model import GPT, GPTConfig
 from ThunderKittens.examples import decode
-from ThunderKittens.examples.gpt2_step import TrainStep, kernels, why_not
+from ThunderKittens.examples.gpt2_step import AdamW, TrainStep, kernels, why_not
 
 on_gpu = pytest.mark.gpu
 SHAPES = [dict(bias=False, gelu='none', vocab_size=65), dict(bias=True, gelu='tanh', vocab_size=65),
@@ -22,8 +22,8 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def adamw(model):
-    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+def adamw(model, kind=torch.optim.AdamW):
+    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', kind)
 
 
 def pair(by_rank=0, **kw):
@@ -35,7 +35,7 @@ def pair(by_rank=0, **kw):
             if p.dim() < 2: # ones and zeros would hide much
                 p += 0.1 * torch.randn_like(p)
     model = copy.deepcopy(plain)
-    step = TrainStep(model, adamw(model), grad_clip=0.5, residual=torch.float64, half=torch.float64)
+    step = TrainStep(model, adamw(model, AdamW), grad_clip=0.5, residual=torch.float64, half=torch.float64)
     return plain, model, step
 
 
@@ -131,6 +131,7 @@ def test_the_optimizers_state_goes_to_plain_adamw_and_back(double):
     saved = copy.deepcopy(step.optimizer.state_dict())
     plain.load_state_dict(model.state_dict())
     optimizer = adamw(plain)
+    assert saved['param_groups'] == optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(saved)
     again = copy.deepcopy(plain)
     other = adamw(again)

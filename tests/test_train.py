@@ -516,6 +516,16 @@ def test_two_processes_train_fast_as_one_does_plainly(accumulation, tiny, run_he
         assert (t - load('two')['model'][name]).abs().max() <= 1e-4, name
 
 
+def test_a_fast_run_does_without_torch_dynamo_which_would_double_the_time_of_its_start(tiny):
+    Path('fast.py').write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport configurator\n"
+                               "configurator._why_not_fast = lambda *_: ''\n"
+                               f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+                               "print('loaded' if 'torch._dynamo' in sys.modules else 'not loaded')\n")
+    for fast, said in (('True', 'not loaded'), ('False', 'loaded')):
+        ran = run_script(Path('fast.py').resolve(), *TINY, f'--fast={fast}', cwd='.')
+        assert ran.out.splitlines()[-1] == said and Path('out/ckpt.pt').exists(), ran
+
+
 def test_a_fast_run_goes_on_plainly_and_a_plain_one_fast(tiny, run_here, monkeypatch):
     monkeypatch.setattr('configurator._why_not_fast', lambda *_: '')
     ends = []

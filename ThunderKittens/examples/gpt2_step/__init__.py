@@ -1,8 +1,8 @@
 """
 A GPT's training step by hand: forward, backward and AdamW on flat tensors, replayed as CUDA graphs.
 
-    from ThunderKittens.examples.gpt2_step import TrainStep, why_not
-    step = TrainStep(model, model.configure_optimizers(...), grad_clip=1.0)
+    from ThunderKittens.examples.gpt2_step import AdamW, TrainStep, why_not
+    step = TrainStep(model, model.configure_optimizers(..., kind=AdamW), grad_clip=1.0)
     loss = step.forward_backward(x, y)
     step.update()
 
@@ -11,6 +11,7 @@ float32 weights, optimiser and residual stream, bfloat16 matmuls. What differs i
 in memory, weights are kept in bfloat16 beside the float32 ones, gradients leave their matmul in float32 where they are
 summed, and the passes between the matmuls are one kernel each (kernels.py).
 """
+import collections
 import functools
 
 import torch
@@ -35,11 +36,29 @@ def why_not(device_type, dtype):
     return decode.why_unavailable() # Triton's kernels both, with the same needs
 
 
+class AdamW:
+    """
+    What the step and a checkpoint need of torch.optim.AdamW, by the same names. The first of torch's own that is made
+    imports torch._dynamo, which takes more than a second of a run's start.
+    """
+
+    def __init__(self, groups, lr, betas, fused):
+        rest = dict(lr=lr, betas=betas, eps=1e-8, amsgrad=False, maximize=False, foreach=None, capturable=False,
+                    differentiable=False, fused=fused, decoupled_weight_decay=True)
+        self.param_groups, self.state = [{**group, **rest} for group in groups], collections.defaultdict(dict)
+
+    def state_dict(self):
+        """As torch's: parameters by their number."""
+        number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group['params'])}
+        groups = [{**group, 'params': [number[p] for p in group['params']]} for group in self.param_groups]
+        return {'state': {number[p]: state for p, state in self.state.items()}, 'param_groups': groups}
+
+
 class TrainStep:
     """
     model      model.GPT; its parameters become views of one flat tensor, their .grad of another
-    optimizer  torch.optim.AdamW of the model's parameters: gives learning rate, decay, betas, eps and its state, which
-               become views too, so that its state_dict() stays right. Its step() is update() here
+    optimizer  AdamW or torch.optim.AdamW of the model's parameters: gives learning rate, decay, betas, eps and its
+               state, which become views too, so that its state_dict() stays right. Its step() is update() here
     grad_clip  the largest norm of the gradient, 0 for any
     residual   dtype of the residual stream
     half       dtype of the matmuls
