@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from model import sdpa_attention_qkv
 from ThunderKittens.examples import decode
-from ThunderKittens.examples.attn_causal import causal_attention_qkv
+from ThunderKittens.examples.attn_causal import causal_attention_qkv, causal_attention_qkv_and_backward
 
 from . import kernels
 
@@ -34,6 +34,14 @@ def why_not(device_type, dtype):
     if dtype != 'bfloat16':
         return f"it computes in bfloat16, not in {dtype}"
     return decode.why_unavailable() # Triton's kernels both, with the same needs
+
+
+def sdpa_attention_qkv_and_backward(qkv, n_head, dropout=0.0):
+    """sdpa_attention_qkv, and a function from its gradient to that of qkv: what autograd does, as a pair."""
+    qkv.requires_grad_()
+    with torch.enable_grad():
+        y = sdpa_attention_qkv(qkv, n_head, dropout)
+    return y.detach(), lambda dy: torch.autograd.grad(y, qkv, dy)[0]
 
 
 class AdamW:
@@ -69,6 +77,8 @@ class TrainStep:
         self.config, self.optimizer, self.grad_clip = model.config, optimizer, grad_clip
         self.residual, self.half = residual, half
         self.attention = causal_attention_qkv if model.config.TK_kernel else sdpa_attention_qkv
+        self.attention_and_backward = \
+            causal_attention_qkv_and_backward if model.config.TK_kernel else sdpa_attention_qkv_and_backward
         self.device = model.lm_head.weight.device
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if graphs and self.device.type == 'cuda' else None
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -243,11 +253,13 @@ class TrainStep:
             block, k = f'transformer.h.{i}', {}
             stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_1', seeds[2 * i], p)
             k.update(h1=h, saved1=saved)
-            qkv = self._linear(h, f'{block}.attn.c_attn').view(B, T, -1).requires_grad_(keep)
-            with torch.set_grad_enabled(keep):
-                y = self.attention(qkv, self.config.n_head, p) # (B, T, C)
-            k.update(qkv=qkv, y=y)
-            branch = self._linear(y.detach().view(B * T, -1), f'{block}.attn.c_proj')
+            qkv = self._linear(h, f'{block}.attn.c_attn').view(B, T, -1)
+            if keep:
+                y, backward = self.attention_and_backward(qkv, self.config.n_head, p) # (B, T, C)
+                k.update(y=y, attention_backward=backward)
+            else:
+                y = self.attention(qkv, self.config.n_head, p)
+            branch = self._linear(y.view(B * T, -1), f'{block}.attn.c_proj')
             stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
             w, b = self.half_w[f'{block}.mlp.c_fc.weight'], self.half_w.get(f'{block}.mlp.c_fc.bias')
             before, act = kernels.linear_gelu(h, w, b, tanh) # (B T, 4C) each
@@ -319,10 +331,9 @@ class TrainStep:
             dh = dbefore @ self.half_w[f'{block}.mlp.c_fc.weight']
             del act, dbefore
             dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['saved2'], dx, seeds[2 * i + 1], p)
-            self._weight_grads(f'{block}.attn.c_proj', d, k['y'].detach().view(len(d), -1), add)
+            self._weight_grads(f'{block}.attn.c_proj', d, k['y'].view(len(d), -1), add)
             dy = d @ self.half_w[f'{block}.attn.c_proj.weight']
-            dqkv, = torch.autograd.grad(k['y'], k['qkv'], dy.view(k['y'].shape))
-            dqkv = dqkv.view(len(d), -1)
+            dqkv = k['attention_backward'](dy.view(k['y'].shape)).view(len(d), -1)
             self._weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'], add)
             dh = dqkv @ self.half_w[f'{block}.attn.c_attn.weight']
             dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['saved1'], dx, seeds[2 * i], p)
