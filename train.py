@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import choose, configure
-from data.run import (Checkpoints, RunLog, StopSignal, begun_before, explain_error, fresh_store, known_heads, launcher,
-                      leave_group, newest_checkpoint)
+from data.processes import StopSignal, begun_before, fresh_store, launcher, leave_group
+from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep

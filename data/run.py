@@ -1,5 +1,5 @@
 """
-What a run leaves in out_dir.
+What a run leaves in out_dir, and how it is read again.
 
     ckpt.pt         nanoGPT's file, and what sample.py reads: the best, or the latest with always_save_checkpoint
     best.pt         the lowest val loss so far
@@ -8,8 +8,8 @@ What a run leaves in out_dir.
     machine.txt     a line for every start: the step, the card, the versions, the commit
     loss.png        the loss curves so far
 
-and how it is stopped: StopSignal. A run that begins anew in an old one's folder starts log.csv again, and its first
-checkpoint takes the place of all that the old one left.
+A run that begins anew in an old one's folder starts log.csv again, and its first checkpoint takes the place of all that
+the old one left.
 
 A checkpoint is a dict with nanoGPT's model, optimizer, model_args, iter_num, best_val_loss and config; what is
 ours stands beside these keys, and nanoGPT does not look at it. A file is written whole or not at all, checked
@@ -20,12 +20,10 @@ import json
 import os
 import pickle
 import platform
-import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -206,7 +204,7 @@ def newest_checkpoint(out_dir, say):
     found = []
     for path in _checkpoints_in(Path(out_dir)):
         try:
-            checkpoint = _load(path)
+            checkpoint = load_checkpoint(path)
             found.append((checkpoint['iter_num'], path.name, checkpoint))
         except FileNotFoundError:
             pass
@@ -223,7 +221,7 @@ def newest_checkpoint(out_dir, say):
 def read_checkpoint(path):
     """The dict in a ckpt.pt of ours or nanoGPT's, on the CPU; SystemExit with one line if there is no whole one."""
     try:
-        checkpoint = _load(path)
+        checkpoint = load_checkpoint(path)
     except FileNotFoundError:
         sys.exit(f"{path}: no checkpoint there; train first, or name another --out_dir")
     except ValueError as e:
@@ -270,7 +268,7 @@ def known_heads(init_from, checkpoint):
     return {name: known[name] for name in ('n_head', 'n_embd') if type(known.get(name)) is int and known[name] > 0}
 
 
-def _load(path):
+def load_checkpoint(path):
     """The dict that torch.load gives, FileNotFoundError, or ValueError with the reason in a few words."""
     try:
         with warnings.catch_warnings():
@@ -436,97 +434,3 @@ def explain_error(kind, error, trace):
     reason = str(error).partition('. GPU')[0].partition('\n')[0]
     print(f"{reason}: lower --batch_size, and raise --gradient_accumulation_steps by as much, or lower --block_size, "
           "or take a smaller model", file=sys.stderr)
-
-
-def fresh_store(rank, world_size):
-    """
-    torchrun's key-value store, the part that only this attempt uses. The store outlives a restart, and addresses of
-    processes that are gone must not be taken for those of their successors. Every process calls this.
-    """
-    store, _, _ = next(dist.rendezvous('env://'))
-    if rank > 0: # ask under a name that nobody had before
-        call = uuid.uuid4().hex
-        store.set(f'call/{rank}', call)
-        attempt = store.get(f'answer/{call}').decode()
-        store.set(f'heard/{attempt}/{rank}', '')
-    else: # answer each one's newest call until it has heard; an older call may still stand there
-        attempt = uuid.uuid4().hex
-        for other in range(1, world_size):
-            while not store.check([f'heard/{attempt}/{other}']):
-                store.set(f"answer/{store.get(f'call/{other}').decode()}", attempt)
-                time.sleep(0.01)
-    return dist.PrefixStore(attempt, store)
-
-
-def launcher():
-    """A name for the process that started this one: torchrun's agent, which stays the same over all its restarts."""
-    parent = os.getppid()
-    try: # where there is /proc, its start too: in a container every launch may have the same number
-        began = Path(f'/proc/{parent}/stat').read_text().rpartition(')')[2].split()[19]
-    except OSError:
-        began = ''
-    return f'{platform.node()} {parent} {began}'
-
-
-def begun_before(out_dir, run_id, store, rank, world_size):
-    """
-    Whether a last-*.pt in out_dir is of this very launch of torchrun: it was saved while the agent of one of the
-    processes, which all call this, was there. The count of restarts does not tell: it stays 0 when a node joins.
-    """
-    mine = False
-    for path in sorted(Path(out_dir).glob('last-*.pt'), reverse=True):
-        try:
-            saved = _load(path)
-        except (FileNotFoundError, ValueError): # whoever goes on from it says so
-            continue
-        ranks = saved.get('ranks') if isinstance(saved.get('ranks'), list) else []
-        ours = any(isinstance(state, dict) and state.get('launcher') == launcher() for state in ranks)
-        mine = mine or bool(run_id) and saved.get('run_id') == run_id and ours
-    store.set(f'begun/{rank}', str(mine))
-    return any([store.get(f'begun/{other}') == b'True' for other in range(world_size)])
-
-
-def leave_group(status):
-    """
-    End this process of a group, at once: a thread of the group's that asked for the interpreter while it shuts down
-    would abort the process, and the run would count as failed.
-    """
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-class StopSignal:
-    """
-    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask the run to stop after its step; a second Ctrl-C ends it at once.
-
-    group    of all processes, for tensors on the CPU; None for a single process
-    agreed   () int32: the signal's number once every process knows, until then 0
-    """
-
-    def __init__(self, group=None):
-        self.group, self.work = group, None
-        self.mine = torch.zeros((), dtype=torch.int32)
-        self.agreed = torch.zeros_like(self.mine) if group else self.mine
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame):
-        if number == signal.SIGINT and self.mine.item() == number:
-            os._exit(128 + number)
-        self.mine.fill_(number)
-
-    def ask_all(self):
-        """Begin to find out whether any process was asked; all processes call this together, then agree()."""
-        if self.group:
-            self.agreed.copy_(self.mine)
-            self.work = dist.all_reduce(self.agreed, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-
-    def agree(self):
-        """Wait for the others' answers; SystemExit with one line where one of them is gone."""
-        if self.group:
-            try:
-                self.work.wait()
-            except RuntimeError as e:
-                sys.exit(f"another process of this run is gone, its own message says why ({str(e).splitlines()[0]})")

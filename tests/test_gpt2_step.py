@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from data.run import leave_group
+from data.processes import leave_group
 from model import GPT, GPTConfig
 from ThunderKittens.examples import decode
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep, kernels, why_not

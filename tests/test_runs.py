@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
-from data.run import (Checkpoints, RunLog, begun_before, explain_error, known_heads, launcher, newest_checkpoint,
-                      read_checkpoint)
+from data.processes import begun_before, launcher
+from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint, read_checkpoint
 
 LONG = [*TINY, '--data_order=permutation', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5',
         '--eval_interval=20', '--log_interval=1', '--dropout=0.1', '--TK_kernel=False', '--compile=False']
