@@ -52,9 +52,10 @@ residual = 'float32' # of the fast step's residual stream; bfloat16 is faster, a
 profile = False # a table of the slowest operations of three steps
 # -----------------------------------------------------------------------------
 config = configure(globals(), auto={'fast': bool, 'compile': bool, 'TK_kernel': bool})
-for _name in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'steps'):
-    if config[_name] < 1:
-        sys.exit(f"--{_name} must be at least 1, not {config[_name]}")
+for _name in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'steps', 'warmup'):
+    _least = 0 if _name == 'warmup' else 1
+    if config[_name] < _least:
+        sys.exit(f"--{_name} must be at least {_least}, not {config[_name]}")
 choose(config)
 device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'fast', 'compile', 'TK_kernel'))
 if residual not in ('float32', 'bfloat16') or residual == 'bfloat16' and not fast:

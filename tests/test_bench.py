@@ -132,6 +132,7 @@ def test_a_gradient_that_is_not_there_is_a_difference(tiny, run_here, kernel):
     ('--block_size=4000', 'train.bin: 4,000 tokens are too few for block_size=4000'),
     ('--batch_size=0', '--batch_size must be at least 1, not 0'), ('--dataset=nowhere', 'no train.bin'),
     ('--vocab_size=10', 'is not below vocab_size=10'), ('--steps=0', '--steps must be at least 1, not 0'),
+    ('--warmup=-1', '--warmup must be at least 0, not -1'),
     ('--n_head=3', 'n_embd must be a multiple of n_head, got n_embd=32 and n_head=3'),
     ('--n_layer=0', 'n_layer must be at least 1, not 0'),
     ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
