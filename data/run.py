@@ -293,6 +293,7 @@ def _why_damaged(path):
         with zipfile.ZipFile(path) as entries:
             bad = entries.testzip()
             return f"the checksum of {bad} is wrong" if bad else ''
+    # zipfile: the last for a way to compress that it does not know, as flipped bits may name
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as e:
         return '' if not zipfile.is_zipfile(path) else str(e)
 

@@ -23,21 +23,20 @@ def pytest_addoption(parser):
     parser.addoption('--mutations', type=int, default=100, help="how many damaged inputs test_mutations.py tries")
 
 
-def why_no_h100():
-    """None on a machine whose first GPU is a Hopper card, else the reason that gpu tests are skipped."""
-    import torch
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    return None if (major, minor) == (9, 0) else f"needs sm_90, this device is sm_{major}{minor}"
-
-
 def pytest_collection_modifyitems(items):
-    gpu_items = [item for item in items if item.get_closest_marker('gpu')]
-    reason = why_no_h100() if gpu_items else None
-    for item in gpu_items:
-        if reason:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    from ThunderKittens.examples.attn_causal import why_no_h100
+    for item in items:
+        if item.get_closest_marker('gpu') and why_no_h100():
+            item.add_marker(pytest.mark.skip(reason=why_no_h100()))
+
+
+def nvcc_or_skip():
+    """Path of nvcc."""
+    from ThunderKittens.examples.attn_causal import h100_fwd_setup
+    try:
+        return h100_fwd_setup.find_nvcc()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
 
 
 # -----------------------------------------------------------------------------

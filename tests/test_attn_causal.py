@@ -5,10 +5,8 @@ most 2x that of torch's bfloat16 attention, plus 1e-5 of the values' scale, over
 NaN fails.
 """
 import importlib
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conftest import nvcc_or_skip
 import ThunderKittens.examples.attn_causal as attn
 from ThunderKittens.examples.attn_causal import h100_fwd_setup as setup
 from ThunderKittens.examples.attn_causal.reference import plain_attention
@@ -40,79 +39,6 @@ def device_test(function):
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
-
-def nvcc_or_skip():
-    try:
-        return setup.find_nvcc()
-    except SystemExit as missing:
-        pytest.skip(str(missing))
-
-
-def test_the_kernels_build_without_a_gpu_and_the_module_imports(tmp_path):
-    nvcc_or_skip() # spills, serialised wgmma and a missing HGMMA fail the build itself
-    script = Path(setup.__file__)
-    built = subprocess.run([sys.executable, str(script), 'build', '--build-base', str(tmp_path)],
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert built.returncode == 0, built.stdout
-    module, = tmp_path.glob(f'lib.*/{setup.MODULE}.*.so')
-    loaded = subprocess.run([sys.executable, '-c', f'import {setup.MODULE} as m; print(m.sources)'],
-                            env=os.environ | {'PYTHONPATH': str(module.parent), 'CUDA_VISIBLE_DEVICES': ''},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert loaded.stdout.strip() == setup.sources_hash(), loaded.stdout
-    if shutil.which('ldd'):
-        libraries = subprocess.run(['ldd', str(module)], stdout=subprocess.PIPE, text=True).stdout
-        assert 'cuda' not in libraries and 'torch' not in libraries, libraries
-
-
-@pytest.mark.parametrize('said, complaint', [
-    ("ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized", 'serialised'),
-    ("ptxas info : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized", 'serialised'),
-    ("    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads", 'spill')])
-def test_a_spill_or_a_serialised_wgmma_fails_the_build(said, complaint):
-    setup.check_ptxas('x.cu', "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
-    with pytest.raises(SystemExit, match=complaint):
-        setup.check_ptxas('x.cu', said)
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """The package looks for its module in an empty folder, and forgets what it found before."""
-    monkeypatch.setattr(attn, 'HERE', tmp_path)
-    attn._load.cache_clear()
-    yield tmp_path
-    attn._load.cache_clear()
-
-
-def test_a_module_that_is_not_there_is_said_with_the_command_that_builds_it(elsewhere):
-    module, why = attn._load()
-    assert module is None and 'not built' in why and 'h100_fwd_setup.py build' in why
-
-
-def test_a_module_of_another_python_is_named(elsewhere):
-    other = elsewhere / 'build' / 'lib.linux' / f'{setup.MODULE}.cpython-27-x86_64-linux-gnu.so'
-    other.parent.mkdir(parents=True)
-    other.touch()
-    module, why = attn._load()
-    assert module is None and 'another Python' in why and 'cpython-27' in why
-
-
-def test_a_module_older_than_its_sources_is_named(monkeypatch):
-    if attn._load()[0] is None:
-        pytest.skip(attn._load()[1])
-    attn._load.cache_clear()
-    monkeypatch.setattr(attn, 'sources_hash', lambda: 'of other sources')
-    why = attn._load()[1]
-    attn._load.cache_clear()
-    assert 'older than their sources' in why
-
-
-def test_where_it_cannot_run_the_reason_is_one_line():
-    why = attn.why_unavailable()
-    assert attn.is_available() == (why == '')
-    assert '\n' not in why
-    if not torch.cuda.is_available():
-        assert 'no CUDA device' in why
-
 
 def test_without_a_gpu_shapes_are_known_to_the_compiler():
     from torch._subclasses.fake_tensor import FakeTensorMode

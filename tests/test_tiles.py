@@ -9,17 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import nvcc_or_skip
 from ThunderKittens.examples.attn_causal import h100_fwd_setup as setup
 
 HERE = Path(__file__).resolve().parent
 KITTENS = HERE.parent / 'ThunderKittens'
-
-
-def nvcc_or_skip():
-    try:
-        return setup.find_nvcc()
-    except SystemExit as missing:
-        pytest.skip(str(missing))
 
 
 def compile_library(nvcc, source, target):

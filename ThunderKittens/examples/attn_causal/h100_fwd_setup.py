@@ -87,9 +87,9 @@ def machine_code(nvcc, target):
     return run([cuobjdump, '-sass', target], env=os.environ | {'PATH': path})
 
 
-def compile_kernel(nvcc, source, target, defines=()):
+def compile_kernel(nvcc, source, target):
     """One .cu to an object file, checked; returns what ptxas said of registers."""
-    said = run([nvcc, *NVCC_FLAGS, *defines, '-c', source, '-o', target])
+    said = run([nvcc, *NVCC_FLAGS, '-c', source, '-o', target])
     check_ptxas(source.name, said)
     shown = machine_code(nvcc, target)
     if shown is not None and 'HGMMA' not in shown:
