@@ -227,6 +227,8 @@ except (ValueError, OSError) as e:
 data = {split: Tokens(Path('data', dataset), split, block_size, raw_model.config.vocab_size)
         for split in ('train', 'val')}
 raw_model.to(device)
+if device_type == 'cuda':
+    torch.set_num_threads(1) # what is left to the CPU is small, and on a busy host its threads wait for one another
 shape = raw_model.config # the model's own, whatever the settings say, where init_from is not scratch
 say(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, {'' if shape.bias else 'no '}biases: "
     f"{raw_model.get_num_params() / 1e6:.2f}M parameters")

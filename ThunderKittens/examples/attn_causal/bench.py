@@ -8,8 +8,8 @@ Times the forward kernel beside torch's flash and cuDNN attention and FlashAtten
 
 FLOPs: 4 B H N N D / 2, what a causal forward needs (arXiv:2205.14135); nothing counts what a kernel computes beside.
 Flushed: 256 MB are written before each call, so L2 holds nothing of the inputs; the median of all calls. Back to back:
-calls queued one behind the other, the mean. Kernels take turns, in opposite order from pass to pass; of the passes the
-median. The other kernels' benchmarks time with what is here.
+calls queued one behind the other, the mean. Kernels take turns, 50 ms apart and in opposite order from pass to pass; of
+the passes the median. The other kernels' benchmarks time with what is here.
 """
 import argparse
 import ctypes
@@ -160,6 +160,7 @@ def measure(prepare, shapes, quick=False):
         for shape in shapes[1:3] if quick else shapes:
             calls = prepare(*shape)
             for name in list(calls)[::1 if turn % 2 == 0 else -1]:
+                time.sleep(0.05) # else the card is still slow from the heat of the one before
                 once = flushed_us(calls[name])
                 queued = back_to_back_us(calls[name], max(10, min(200, int(15e3 / once))))
                 times.setdefault(shape, {}).setdefault(name, []).append((once, queued))

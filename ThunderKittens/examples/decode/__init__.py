@@ -142,7 +142,7 @@ def matvec(x, linear, norm=None, lse=None, gelu=None, add_to=None):
     gain, shift = norm or (None, None)
     out = torch.empty(len(x), N, device=x.device) if add_to is None else add_to
     cols = power_of_two(K)
-    rows, warps = (4, 4) if cols == 2048 else (max(1, min(8, 16384 // cols)), 8) # gpt2-xl; the others'
+    rows, warps = (4, 2 if N == K else 4) if cols == 2048 else (max(1, min(8, 16384 // cols)), 8) # gpt2-xl; the others'
     n_head, splits = lse.shape[1:] if lse is not None else (1, 1)
     launch('matvec', (-(-N // rows), len(x)), x, lse, gain, shift, weight, bias, out, N, K=K, HS=K // n_head,
            SPLITS=splits, GELU=gelu, ADD=add_to is not None, ROWS=rows, COLS=cols, num_warps=warps)
@@ -200,18 +200,16 @@ def draw(logits, seeds, temperature, top_k=None, block=2048):
     The token whose logit / temperature + Gumbel noise is the largest, which falls on it with its probability; among the
     top_k likeliest. logits (B, V), seeds (B) int64, other ones at each place -> (B) int64. The noise is model.pick's.
     """
-    from . import kernels
     (B, V), device, kth = logits.shape, logits.device, None
     if top_k is not None and top_k < V:
-        kth = torch.empty(B, dtype=torch.int32, device=device)
-        cols = power_of_two(V)
-        warps = max(4, min(32, cols // 2048))
-        kernels.kth_largest[B,](logits, logits.stride(0), kth, V, top_k, math.log2(top_k), COLS=cols,
-                               num_warps=warps)
+        kth = torch.empty(B, device=device)
+        warps = max(1, min(32, power_of_two(V) // 256))
+        launch('kth_largest', (B,), logits, logits.stride(0), kth, V, top_k, math.log2(top_k), BLOCK=256 * warps,
+               num_warps=warps)
     blocks = -(-V // block)
     best = torch.empty(B, blocks, device=device)
     token = torch.empty(B, blocks, dtype=torch.long, device=device)
-    kernels.draw[blocks, B](logits, logits.stride(0), kth, seeds, best, token, V, 1 / temperature, BLOCK=block)
+    launch('draw', (blocks, B), logits, logits.stride(0), kth, seeds, best, token, V, 1 / temperature, BLOCK=block)
     chosen = torch.empty(B, dtype=torch.long, device=device)
-    kernels.choose[B,](best, token, chosen, blocks, COLS=power_of_two(blocks), num_warps=1)
+    launch('choose', (B,), best, token, chosen, blocks, COLS=power_of_two(blocks), num_warps=1)
     return chosen

@@ -215,46 +215,61 @@ def of_sort_key(key):
 
 
 @triton.jit
-def kth_largest(logits, stride, kth, V, TOP_K, log_k, COLS: tl.constexpr):
+def kth_largest(logits, stride, kth, V, TOP_K, log_k, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """
-    The sort_key of a number that exactly the TOP_K largest of a row reach, or, of equal ones, more.  a program: one row
+    A number that exactly the TOP_K largest of a row reach, or, of equal ones, more.        a program: one row
 
     Each turn counts how many reach a number between one that too many reach and one that too few do: where it would be
-    if the logarithm of the count fell evenly, as it nearly does among the largest, and each third turn the middle. What
-    takes long, equal ones or numbers far apart, ends by halving what lies between as integers in the order of floats.
+    if the logarithm of the count fell evenly, as it nearly does among the largest. The end that stays a second time
+    counts for half (the Illinois rule), or it might stay for good. What takes long, equal ones or numbers far apart,
+    ends by halving what lies between as integers in the order of floats. A row stays in L1 from turn to turn: more of
+    it than the registers hold.
     """
-    row, v = tl.program_id(0), tl.arange(0, COLS)
-    x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
-    key = sort_key(x)
-    low = tl.min(tl.where(x > -float('inf'), key, 0x7FFFFFFF), 0).to(tl.int64)
-    high = tl.max(key, 0).to(tl.int64) + 1
-    reach_low, reach_high, turn = tl.sum((key >= low.to(tl.int32)).to(tl.float32), 0), low * 0.0 + 0.5, 0
+    row, v = logits + tl.program_id(0).to(tl.int64) * stride, tl.arange(0, BLOCK)
+    smallest, largest = tl.full((BLOCK,), float('inf'), tl.float32), tl.full((BLOCK,), -float('inf'), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    wait(PDL)
+    for first in range(0, V, BLOCK):
+        x = tl.load(row + first + v, mask=first + v < V, other=-float('inf')).to(tl.float32)
+        possible = x > -float('inf')
+        largest, smallest = tl.maximum(largest, x), tl.minimum(smallest, tl.where(possible, x, float('inf')))
+        count += possible.to(tl.float32)
+    low, high = sort_key(tl.min(smallest, 0)).to(tl.int64), sort_key(tl.max(largest, 0)).to(tl.int64) + 1
+    reach_low, turn, stayed = tl.sum(count, 0), 0, 0
+    more, fewer = tl.log2(tl.maximum(reach_low, 0.5)) - log_k, -1.0 - log_k # logarithms of the count over TOP_K
     if reach_low < TOP_K:
         low = low * 0 - 2139095041 # -inf's key: all reach it
     while (high - low > 1) & (reach_low > TOP_K):
         lower, upper = of_sort_key(low), of_sort_key(high)
-        share = (tl.log2(reach_low) - log_k) / (tl.log2(reach_low) - tl.log2(reach_high))
-        share = tl.where(turn % 3 == 2, 0.5, tl.minimum(tl.maximum(share, 0.02), 0.98))
+        share = tl.minimum(tl.maximum(more / (more - fewer), 0.01), 0.99)
         guess = sort_key(lower + share * (upper - lower)).to(tl.int64)
         middle = tl.where(turn < 20, tl.minimum(tl.maximum(guess, low + 1), high - 1), (low + high) >> 1)
-        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.float32), 0)
+        number, count = of_sort_key(middle), tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, V, BLOCK):
+            x = tl.load(row + first + v, mask=first + v < V, other=-float('inf')).to(tl.float32)
+            count += (x >= number).to(tl.float32)
+        reached = tl.sum(count, 0)
         enough, turn = reached >= TOP_K, turn + 1
+        found = tl.log2(tl.maximum(reached, 0.5)) - log_k
+        more = tl.where(enough, found, tl.where(stayed < 0, more * 0.5, more))
+        fewer = tl.where(enough, tl.where(stayed > 0, fewer * 0.5, fewer), found)
         low, reach_low = tl.where(enough, middle, low), tl.where(enough, reached, reach_low)
-        high, reach_high = tl.where(enough, high, middle), tl.where(enough, reach_high, tl.maximum(reached, 0.5))
-    tl.store(kth + row, low.to(tl.int32))
+        high, stayed = tl.where(enough, high, middle), tl.where(enough, 1, -1)
+    tl.store(kth + tl.program_id(0), of_sort_key(low))
 
 
 @triton.jit
-def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr):
+def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The largest of logit * warmth + Gumbel noise, and whose it is, among BLOCK tokens of a row."""
     block, row = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
+    wait(PDL)
     bits = scramble(scramble(tl.load(seeds + row).to(tl.uint64, bitcast=True)) + v.to(tl.uint64))
     uniform = (((bits >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     logit = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
     score = logit * warmth - tl.log(-tl.log(uniform))
     if kth is not None:
-        score = tl.where(sort_key(logit) >= tl.load(kth + row), score, -float('inf'))
+        score = tl.where(logit >= tl.load(kth + row), score, -float('inf'))
     largest, where = tl.max(score, 0, return_indices=True)
     at = row * tl.num_programs(0) + block
     tl.store(best + at, largest)
@@ -262,9 +277,10 @@ def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr
 
 
 @triton.jit
-def choose(best, token, chosen, BLOCKS, COLS: tl.constexpr):
+def choose(best, token, chosen, BLOCKS, COLS: tl.constexpr, PDL: tl.constexpr):
     """The token of a row's largest score among those of its BLOCKS blocks.        a program: one row"""
     row, block = tl.program_id(0), tl.arange(0, COLS)
     at = row * BLOCKS + block
+    wait(PDL)
     _, where = tl.max(tl.load(best + at, mask=block < BLOCKS, other=-float('inf')), 0, return_indices=True)
     tl.store(chosen + row, tl.load(token + row * BLOCKS + where))
