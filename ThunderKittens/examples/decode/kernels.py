@@ -25,10 +25,20 @@ def load(x, at, real):
 
 
 @triton.jit
-def layer_norm(x, gain, bias, real, SIZE: tl.constexpr):
-    """The LayerNorm of one row, x zero beyond SIZE."""
-    off = tl.where(real, x - tl.sum(x, 0) / SIZE, 0.)
-    return off * tl.rsqrt(tl.sum(off * off, 0) / SIZE + 1e-5) * gain + bias
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def layer_norm(x, pivot, gain, bias, real, SIZE: tl.constexpr):
+    """
+    The LayerNorm of one row, whose numbers beyond SIZE are not `real`. Both sums in one go: the threads meet once. From
+    a number of the row, `pivot`, the mean is at most sqrt(SIZE) standard deviations away, so little cancels.
+    """
+    off = tl.where(real, x - pivot, 0.)
+    total, squares = tl.reduce((off, off * off), 0, add_both)
+    mean = total / SIZE
+    return (off - mean) * tl.rsqrt(squares / SIZE - mean * mean + 1e-5) * gain + bias
 
 
 @triton.jit
@@ -83,7 +93,7 @@ def matvec(x, lse, gain, shift, weight, bias, out, N, K: tl.constexpr, HS: tl.co
     else:
         a = load(x, row * K + k, real)
     if gain is not None:
-        a = layer_norm(a, gains, shifts, real, K)
+        a = layer_norm(a, tl.load(x + row * K), gains, shifts, real, K)
     y = tl.sum(w.to(tl.float32) * a[None, :], 1) + b
     y = gelu(y, GELU)
     out += row * N + n
@@ -129,12 +139,14 @@ def add_norm(x, y, gain, bias, out, B, C: tl.constexpr, SPLITS: tl.constexpr, CO
     real, at = c < C, tl.program_id(0) * C + c
     gains, shifts = load(gain, c, real), load(bias, c, real)
     wait(PDL)
-    a = load(x, at, real)
+    a, pivot = load(x, at, real), tl.load(x + tl.program_id(0) * C)
     if y is not None:
         for split in tl.static_range(SPLITS):
             a += load(y, split * B * C + at, real)
+    h = layer_norm(a, pivot, gains, shifts, real, C) # in which all threads meet: the pivot has been read
+    if y is not None:
         tl.store(x + at, a, mask=real)
-    tl.store(out + at, layer_norm(a, gains, shifts, real, C), mask=real)
+    tl.store(out + at, h, mask=real)
 
 
 @triton.jit
@@ -215,46 +227,87 @@ def of_sort_key(key):
 
 
 @triton.jit
+def between(low, high, more, fewer, turn):
+    """
+    A key between two, where the logarithm of the count would be the wanted one if it fell evenly, as it nearly does
+    among the largest. What takes long, equal numbers or ones far apart, ends by halving integers.
+    """
+    lower, upper = of_sort_key(low), of_sort_key(high)
+    guess = sort_key(lower + tl.minimum(tl.maximum(more / (more - fewer), 0.01), 0.99) * (upper - lower)).to(tl.int64)
+    return tl.where(turn < 20, tl.minimum(tl.maximum(guess, low + 1), high - 1), (low + high) >> 1)
+
+
+@triton.jit
+def narrowed(low, reach_low, high, more, fewer, stayed, middle, reached, TOP_K, log_k):
+    """
+    The narrower search when `reached` numbers reach the key `middle`: low, how many reach it, at least TOP_K, and high,
+    which fewer reach; the logarithms of both counts over TOP_K. One that stays a second time counts for half (the
+    Illinois rule), or it might stay for good.
+    """
+    enough = reached >= TOP_K
+    found = tl.log2(tl.maximum(reached, 0.5)) - log_k
+    more, fewer = tl.where(enough, found, tl.where(stayed < 0, more * 0.5, more)), \
+        tl.where(enough, tl.where(stayed > 0, fewer * 0.5, fewer), found)
+    return tl.where(enough, middle, low), tl.where(enough, reached, reach_low), tl.where(enough, high, middle), \
+        more, fewer, tl.where(enough, 1, -1)
+
+
+@triton.jit
+def how_many(first, second, number):
+    return tl.sum((first >= number).to(tl.float32) + (second >= number).to(tl.float32), 0)
+
+
+@triton.jit
 def kth_largest(logits, stride, kth, V, TOP_K, log_k, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """
     A number that exactly the TOP_K largest of a row reach, or, of equal ones, more.        a program: one row
 
-    Each turn counts how many reach a number between one that too many reach and one that too few do: where it would be
-    if the logarithm of the count fell evenly, as it nearly does among the largest. The end that stays a second time
-    counts for half (the Illinois rule), or it might stay for good. What takes long, equal ones or numbers far apart,
-    ends by halving what lies between as integers in the order of floats. A row stays in L1 from turn to turn: more of
-    it than the registers hold.
+    A row is more than the registers hold, so it is searched in two steps: first among the two largest of every
+    BLOCK-th number, then, if that is not yet it, in L1. A turn counts how many reach a number between one that too many
+    reach and one that too few do.
     """
     row, v = logits + tl.program_id(0).to(tl.int64) * stride, tl.arange(0, BLOCK)
-    smallest, largest = tl.full((BLOCK,), float('inf'), tl.float32), tl.full((BLOCK,), -float('inf'), tl.float32)
-    count = tl.zeros((BLOCK,), tl.float32)
+    first, second = tl.full((BLOCK,), -float('inf'), tl.float32), tl.full((BLOCK,), -float('inf'), tl.float32)
+    smallest = tl.full((BLOCK,), float('inf'), tl.float32)
     wait(PDL)
-    for first in range(0, V, BLOCK):
-        x = tl.load(row + first + v, mask=first + v < V, other=-float('inf')).to(tl.float32)
-        possible = x > -float('inf')
-        largest, smallest = tl.maximum(largest, x), tl.minimum(smallest, tl.where(possible, x, float('inf')))
-        count += possible.to(tl.float32)
-    low, high = sort_key(tl.min(smallest, 0)).to(tl.int64), sort_key(tl.max(largest, 0)).to(tl.int64) + 1
-    reach_low, turn, stayed = tl.sum(count, 0), 0, 0
-    more, fewer = tl.log2(tl.maximum(reach_low, 0.5)) - log_k, -1.0 - log_k # logarithms of the count over TOP_K
+    for start in range(0, V, BLOCK):
+        x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
+        second, first = tl.maximum(second, tl.minimum(first, x)), tl.maximum(first, x)
+        smallest = tl.minimum(smallest, tl.where(x > -float('inf'), x, float('inf')))
+    above = sort_key(tl.max(first, 0)).to(tl.int64) + 1
+    low, high = sort_key(tl.min(tl.where(first > -float('inf'), first, float('inf')), 0)).to(tl.int64), above
+    reach_low, turn, stayed = how_many(first, second, of_sort_key(low)), 0, 0
+    more, fewer = tl.log2(tl.maximum(reach_low, 0.5)) - log_k, -1.0 - log_k
+    while (high - low > 1) & (reach_low > TOP_K):
+        middle = between(low, high, more, fewer, turn)
+        reached = how_many(first, second, of_sort_key(middle))
+        low, reach_low, high, more, fewer, stayed = narrowed(low, reach_low, high, more, fewer, stayed, middle, reached,
+                                                             TOP_K, log_k)
+        turn += 1
+
+    if reach_low < TOP_K: # the two largest are too few
+        low, high = sort_key(tl.min(smallest, 0)).to(tl.int64), above
+    lower, upper = of_sort_key(low), of_sort_key(high)
+    at_low, at_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
+        at_low += (x >= lower).to(tl.float32)
+        at_high += (x >= upper).to(tl.float32)
+    reach_low, reach_high, turn, stayed = tl.sum(at_low, 0), tl.sum(at_high, 0), 0, 0
+    if reach_high >= TOP_K:
+        low, reach_low, high, reach_high = high, reach_high, above, 0.0
+    more, fewer = tl.log2(tl.maximum(reach_low, 0.5)) - log_k, tl.log2(tl.maximum(reach_high, 0.5)) - log_k
     if reach_low < TOP_K:
         low = low * 0 - 2139095041 # -inf's key: all reach it
     while (high - low > 1) & (reach_low > TOP_K):
-        lower, upper = of_sort_key(low), of_sort_key(high)
-        share = tl.minimum(tl.maximum(more / (more - fewer), 0.01), 0.99)
-        guess = sort_key(lower + share * (upper - lower)).to(tl.int64)
-        middle = tl.where(turn < 20, tl.minimum(tl.maximum(guess, low + 1), high - 1), (low + high) >> 1)
-        number, count = of_sort_key(middle), tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, V, BLOCK):
-            x = tl.load(row + first + v, mask=first + v < V, other=-float('inf')).to(tl.float32)
-            count += (x >= number).to(tl.float32)
-        reached = tl.sum(count, 0)
-        enough, turn = reached >= TOP_K, turn + 1
-        found = tl.log2(tl.maximum(reached, 0.5)) - log_k
-        more = tl.where(enough, found, tl.where(stayed < 0, more * 0.5, more))
-        fewer = tl.where(enough, tl.where(stayed > 0, fewer * 0.5, fewer), found)
-        low, reach_low = tl.where(enough, middle, low), tl.where(enough, reached, reach_low)
-        high, stayed = tl.where(enough, high, middle), tl.where(enough, 1, -1)
+        middle = between(low, high, more, fewer, turn)
+        number, at_middle = of_sort_key(middle), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
+            at_middle += (x >= number).to(tl.float32)
+        low, reach_low, high, more, fewer, stayed = narrowed(low, reach_low, high, more, fewer, stayed, middle,
+                                                             tl.sum(at_middle, 0), TOP_K, log_k)
+        turn += 1
     tl.store(kth + tl.program_id(0), of_sort_key(low))
 
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SIZES = {'124M': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600)}
 SHAPES_124M = [(16, 1024), (12, 1024), (64, 1024), (4, 4096)] # batch, block
-FIRST_TRY = {'medium': (48, 96), 'large': (24, 48), 'xl': (8, 20)} # batches at block 1024: plain's and ours
+FIRST_TRY = {'medium': (60, 96), 'large': (32, 48), 'xl': (16, 20)} # batches at block 1024: plain's and ours
 WAYS = {'plain': ['--plain=True'], 'fast': [], 'fast, bfloat16 residual': ['--residual=bfloat16']}
 
 
@@ -53,7 +53,7 @@ def compile_ahead(shapes):
 
 
 def largest(size, way, B):
-    """The row of the largest batch, a multiple of 4, that fits, searched from B on."""
+    """The row of the largest batch, a multiple of 4, that fits: from B on, up as far as surely fits, or down by 4."""
     best = {}
     while B >= 4:
         found = run(size, way, B, 1024)
@@ -63,9 +63,10 @@ def largest(size, way, B):
             B -= 4
             continue
         best = found
-        if found['peak_gib'] * (B + 4) / B > 76:
+        more = int(B * (76 / found['peak_gib'] - 1)) # memory grows no faster than the batch
+        if more < 4:
             return best
-        B += 4
+        B += more // 4 * 4
     sys.exit(f"{size}, {way}: not even a batch of 4 fits")
 
 
