@@ -28,6 +28,7 @@ from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_che
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep
+from ThunderKittens.examples.gpt2_step.exchange import choose_exchange
 
 _started = time.time()
 # -----------------------------------------------------------------------------
@@ -256,7 +257,11 @@ evaluated = bool(resumed) and checkpoint.get('evaluated', False) # the run that 
 checkpoint = None # free its memory
 fast_step = None
 if fast:
-    fast_step = TrainStep(raw_model, optimizer, grad_clip, getattr(torch, residual), getattr(torch, dtype))
+    exchange, reason = choose_exchange(torch.device(device), config['backend'] == 'auto') if ddp else (None, '')
+    if ddp:
+        say(f"gradients are summed {exchange.how}" + (f": {reason}" if reason else ''))
+    fast_step = TrainStep(raw_model, optimizer, grad_clip, getattr(torch, residual), getattr(torch, dtype),
+                          exchange=exchange)
     if not eval_only:
         fast_step.compile(batch_size, block_size)
 model = torch.compile(raw_model) if compile else raw_model

@@ -1,6 +1,10 @@
 """The training step by hand is model.py's under autograd: on a CPU exactly, on an H100 within bfloat16."""
 import copy
 import math
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from data.processes import leave_group
 from model import GPT, GPTConfig
 from ThunderKittens.examples import decode
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep, kernels, why_not
+from ThunderKittens.examples.gpt2_step.exchange import ByCopies, ByGroup, choose_exchange, why_no_copies
 
 on_gpu = pytest.mark.gpu
 SHAPES = [dict(bias=False, gelu='none', vocab_size=65), dict(bias=True, gelu='tanh', vocab_size=65),
@@ -179,34 +184,107 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient_on_purpose(double, monkey
     assert step.update().item() == 1
 
 
-def one_of_two(rank, folder):
+def one_of_two(rank, folder, rows):
     """A process of two: its own weights at first, its own half of the batch."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f'{folder}/store', 2)
     torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
     _, model, step = pair(vocab_size=65, by_rank=rank)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        x, y = torch.randint(65, (2, 3, 13)), torch.randint(65, (2, 3, 13))
-        step.forward_backward(x[rank], y[rank], share=0.5)
+    for x, y in two_steps(rows):
+        for i in range(2):
+            step.forward_backward(x[rank, i], y[rank, i], share=0.25, first=i == 0, last=i == 1)
         step.update()
     torch.save(model.state_dict(), f'{folder}/{rank}.pt')
     leave_group(0)
 
 
-def test_two_processes_make_the_steps_of_one(double, tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    _, model, step = pair(vocab_size=65, by_rank=0)
+def two_steps(rows):
+    """x, y of two steps, (2 processes, 2 micro-steps, rows, 13) each; tokens come more than once."""
     for seed in range(2):
         torch.manual_seed(seed)
-        x, y = torch.randint(65, (2, 3, 13)), torch.randint(65, (2, 3, 13))
-        for half in range(2):
-            step.forward_backward(x[half], y[half], share=0.5, first=half == 0)
+        yield torch.randint(20, (2, 2, rows, 13)), torch.randint(65, (2, 2, rows, 13))
+
+
+@pytest.mark.parametrize('rows, gathered', [(3, True), (5, False)]) # 2 x 5 x 13 tokens are more than the head has rows
+def test_two_processes_make_the_steps_of_one(rows, gathered, double, tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), rows), nprocs=2)
+    _, model, step = pair(vocab_size=65, by_rank=0)
+    assert (2 * rows * 13 <= step.head_rows) == gathered
+    for x, y in two_steps(rows):
+        for n, (rank, i) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            step.forward_backward(x[rank, i], y[rank, i], share=0.25, first=n == 0)
         step.update()
     ends = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
     for name, p in model.state_dict().items():
         assert torch.equal(ends[0][name], ends[1][name]) and off(ends[0][name], p) < 1e-12, name
+
+
+def test_tokens_are_numbered_so_that_equal_ones_share_a_row():
+    ids, different = torch.tensor([[7, 3, 7], [9, 3, 0]]), torch.empty(6, dtype=torch.int32)
+    numbers = kernels.number_tokens(ids, different)
+    assert different.tolist() == [0, 3, 7, 9, -1, -1] and numbers.tolist() == [[2, 1, 2], [3, 1, 0]]
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_copies_between_processes_give_all_of_them_the_same_sum_and_the_others_rows(n, device):
+    """Threads for processes: each reads the others' tensors where they lie, and late ones are waited for."""
+    meeting, places = threading.Barrier(n), [{} for _ in range(n)]
+
+    def all_are_here():
+        if device == 'cuda':
+            torch.cuda.current_stream().synchronize()
+        meeting.wait()
+
+    def process(rank):
+        def share(size, dtype, device):
+            number = len(places[rank])
+            places[rank][number] = torch.zeros(size, dtype=dtype, device=device)
+            meeting.wait()
+            return places[rank][number], [of[number] for of in places], all_are_here
+        exchange = ByCopies(rank, share, torch.cuda.Stream() if device == 'cuda' else None)
+        flat, rows = exchange.empty(1000, torch.float32, device), exchange.empty(70, torch.float32, device)
+        found, delays = [], random.Random(rank)
+        for turn in range(20):
+            time.sleep(delays.random() / 200)
+            exchange.begin()
+            flat.copy_(of_rank(turn, rank, 1000))
+            rows.copy_(of_rank(turn, rank, 70))
+            exchange.sum(flat[300:])
+            exchange.sum(flat[1:201])
+            every = torch.empty(n, 70, device=device)
+            exchange.gather(every, rows)
+            found.append((flat.clone().cpu(), every.cpu()))
+            exchange.wait()
+        return found
+
+    def of_rank(turn, rank, size):
+        return torch.randn(size, generator=torch.Generator().manual_seed(100 * turn + rank))
+    with ThreadPoolExecutor(n) as threads:
+        found = list(threads.map(process, range(n)))
+    for turn in range(20):
+        flats, every = zip(*(of_one[turn] for of_one in found))
+        mine = [of_rank(turn, rank, 1000) for rank in range(n)]
+        for part in (slice(300, 1000), slice(1, 201)):
+            assert all(torch.equal(flat[part], flats[0][part]) for flat in flats)
+            assert off(flats[0][part], sum(x[part] for x in mine)) < 1e-6
+        for part in (slice(0, 1), slice(201, 300)):
+            assert all(torch.equal(flat[part], x[part]) for flat, x in zip(flats, mine))
+        assert all(torch.equal(e, torch.stack([of_rank(turn, rank, 70) for rank in range(n)])) for e in every)
+
+
+def test_processes_of_a_cpu_or_of_several_machines_sum_by_the_group_and_say_why(monkeypatch):
+    exchange, reason = choose_exchange(torch.device('cpu'))
+    assert type(exchange) is ByGroup and reason == "they are between CUDA devices"
+    exchange, reason = choose_exchange(torch.device('cpu'), copies=False)
+    assert type(exchange) is ByGroup and reason == "the backend was chosen"
+    monkeypatch.setattr('torch.distributed.get_world_size', lambda: 16)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    assert why_no_copies(torch.device('cuda:0')) == "the processes are not all on one machine"
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '16')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert why_no_copies(torch.device('cuda:0')) == "a process does not see the others' GPUs"
 
 
 def test_a_mask_keeps_the_right_share_and_two_seeds_know_nothing_of_each_other():
@@ -292,6 +370,20 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
         near(parts[0].sum(0), exact[0].sum(0), 1e-5)
         if bias:
             near(parts[1].sum(0), exact[1].sum(0), 1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize('B, T', [(1, 1), (3, 37), (12, 1024)])
+def test_tokens_are_numbered_and_their_rows_added_as_by_the_definition(B, T, cuda):
+    ids = torch.randint(50257, (B, T)) ** 2 // 50257 # small ones come often
+    want, got = torch.empty(B * T, dtype=torch.int32), torch.empty(B * T, dtype=torch.int32, device=cuda)
+    numbers = kernels.number_tokens(ids, want)
+    assert torch.equal(kernels.number_tokens(ids.to(cuda), got).cpu(), numbers) and torch.equal(got.cpu(), want)
+    wte, rows = torch.randn(50304, 40), torch.randn(B * T, 40)
+    on_card = wte.to(cuda)
+    kernels.add_rows(on_card, got, rows.to(cuda))
+    kernels.add_rows(wte, want, rows)
+    assert torch.equal(on_card.cpu(), wte)
 
 
 @on_gpu
@@ -458,6 +550,36 @@ def test_changing_shapes_accumulation_and_evaluation_in_between_are_right(cuda):
         step.update()
     for (name, p), q in zip(plain.named_parameters(), mine.parameters()):
         assert off(q, p) < 0.02, name
+
+
+class Twins(ByGroup):
+    """The exchange of a process with one that is just like it."""
+
+    def sum(self, part):
+        part *= 2
+
+    def gather(self, every, mine):
+        every.copy_(mine.expand_as(every))
+
+
+@on_gpu
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('rows, gathered', [(2, True), (9, False)])
+def test_two_processes_with_the_same_batch_have_twice_its_gradient(rows, gathered, deterministic, cuda):
+    alone, twin = (step_of(small(cuda, TK_kernel=True, vocab_size=600), exchange=e) for e in (None, Twins()))
+    twin.world_size = 2
+    assert (2 * rows * 128 <= twin.head_rows) == gathered
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for i in range(8): # as they are, captured, replayed; the second of each two is the last of its step
+            x, y = torch.randint(599, (rows, 128), device=cuda), torch.randint(599, (rows, 128), device=cuda)
+            alone.forward_backward(x, y, share=1.0, first=i % 2 == 0)
+            twin.forward_backward(x, y, share=0.5, first=i % 2 == 0, last=i % 2 == 1)
+            if i % 2 == 1:
+                for name, g in alone.g.items():
+                    assert off(twin.g[name], g) < 1e-5, name
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @on_gpu

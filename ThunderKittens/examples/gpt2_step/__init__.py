@@ -22,6 +22,7 @@ from ThunderKittens.examples import decode
 from ThunderKittens.examples.attn_causal import causal_attention_qkv, causal_attention_qkv_and_backward
 
 from . import kernels
+from .exchange import ByGroup
 
 HEAD_ROWS = 16384 # rows whose logits stand in memory at a time: 1.6 GB at GPT-2's vocabulary
 RECOMPUTE_FROM_tokens = 32768 # from so many tokens on the backward computes GELU once more instead of keeping it
@@ -71,9 +72,11 @@ class TrainStep:
     residual   dtype of the residual stream
     half       dtype of the matmuls
     graphs     whether work is captured the second time that a shape comes
+    exchange   how processes sum their gradients, where there are several
     """
 
-    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16, graphs=True):
+    def __init__(self, model, optimizer, grad_clip=1.0, residual=torch.float32, half=torch.bfloat16, graphs=True,
+                 exchange=None):
         self.config, self.optimizer, self.grad_clip = model.config, optimizer, grad_clip
         self.residual, self.half = residual, half
         self.attention = causal_attention_qkv if model.config.TK_kernel else sdpa_attention_qkv
@@ -82,6 +85,7 @@ class TrainStep:
         self.device = model.lm_head.weight.device
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if graphs and self.device.type == 'cuda' else None
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.exchange, self.rows = exchange or ByGroup(), {}
         self.head_rows = -(-model.config.vocab_size // 64) * 64 # matmuls like whole tiles of vocabulary
         self._take_over(model)
         self._place_sums()
@@ -111,8 +115,9 @@ class TrainStep:
         """Parameters, gradients, averages and bfloat16 copies, each flat, in the place of the model's and AdamW's."""
         params = dict(model.named_parameters())
         n, dtype = self._lay_out(params), model.lm_head.weight.dtype
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = \
-            (torch.zeros(n, dtype=dtype, device=self.device) for _ in range(4))
+        self.params, self.exp_avg, self.exp_avg_sq = \
+            (torch.zeros(n, dtype=dtype, device=self.device) for _ in range(3))
+        self.grads = self.exchange.empty(n, dtype, self.device)
         self.copies = torch.zeros(n, dtype=self.half, device=self.device)
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device) # alike: AdamW has one for each
         self.w, self.g, self.half_w = {}, {}, {}
@@ -161,14 +166,17 @@ class TrainStep:
         last     sum the gradients over all processes, while the rest of the backward runs
         returns  its mean loss, 0-d, unscaled; good until the next call
         """
-        sums = []
-        work = functools.partial(self._forward_backward, share=share, add=not first)
+        several = last and self.world_size > 1
+        work = functools.partial(self._forward_backward, share=share, add=not first, several=several)
+        self.exchange.begin()
         with torch.no_grad():
-            for finished in self._play(('train', share, first), work, x, y):
-                if last and self.world_size > 1:
-                    sums.append(dist.all_reduce(finished, async_op=True))
-        for sum_ in sums:
-            sum_.wait()
+            for finished in self._play(('train', share, first, several), work, x, y):
+                if type(finished) is tuple:
+                    self.exchange.gather(*finished)
+                elif finished is not None:
+                    self.exchange.sum(finished)
+        if several:
+            self.exchange.wait()
         return self.loss
 
     def evaluate(self, x, y):
@@ -190,6 +198,7 @@ class TrainStep:
             self.evaluate(x, x)
             self.update()
         self.graphs.clear() # nothing has run
+        self.exchange.begin()
         self.grads.zero_()
 
     def update(self):
@@ -313,11 +322,18 @@ class TrainStep:
         parts = [part[n] for part in self.norm_parts] + [None]
         return kernels.norm_backward(dh, *saved, self.w[f'{norm}.weight'], dx, seed, p, *parts[:2], self.residual)
 
-    def _forward_backward(self, x, y, share, add):
-        """Yields the parts of self.grads as they are finished, the last layers' first."""
+    def _forward_backward(self, x, y, share, add, several):
+        """
+        With `several` it yields the parts of self.grads that are to be summed over the processes as they are finished,
+        the last layers' first, and (all processes', this process's) tensors that are to be gathered; else None.
+        """
         p, L, tanh = self.config.dropout, self.config.n_layer, self.config.gelu == 'tanh'
         h, (seeds, layers, saved) = self._forward(x, p, keep=True)
         dh = self._head(h, y, share, add)
+        wte, layer_0 = (self.first[f'transformer.{name}.weight'] for name in ('wte', 'h.0.attn.c_attn'))
+        by_rows = several and self.world_size * x.numel() <= self.head_rows # fewer bytes than the whole embedding
+        if by_rows:
+            yield self.grads[wte:layer_0]
         # dx: the gradient of the residual stream, d: of the branch that was added to it
         dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, saved, None, seeds[2 * L], p)
         del h, dh, saved
@@ -337,15 +353,41 @@ class TrainStep:
             self._weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'], add)
             dh = dqkv @ self.half_w[f'{block}.attn.c_attn.weight']
             dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['saved1'], dx, seeds[2 * i], p)
-            if self.world_size > 1 and i in (L // 2, 0): # a piece of its own only where somebody waits for it
+            if several and i in (3 * L // 4, L // 2, L // 4, 1, 0): # the last ones, which are waited for, are small
                 start = self.first[f'{block}.attn.c_attn.weight']
                 yield self.grads[start:end]
                 end = start
-        kernels.embed_backward(dx, x, seeds[0], p, self.dhead, self.g['transformer.wpe.weight'], add)
         for grad, parts in zip(self.norm_grads, self.norm_parts):
             kernels.sum_into(grad, parts, 1, add)
         self.grads[0] += 0 * self.loss # a loss that is not finite makes a gradient so, on every process
-        yield self.grads[:end]
+        embed_backward = functools.partial(kernels.embed_backward, dx, seed=seeds[0], p=p, add=add,
+                                           dwpe=self.g['transformer.wpe.weight'])
+        if not by_rows:
+            embed_backward(ids=x, dwte=self.dhead)
+            yield self.grads[:end] if several else None
+            return
+        mine, rows, ids, small = self._rows(x.numel(), wte)
+        rows.zero_()
+        embed_backward(ids=kernels.number_tokens(x, ids), dwte=rows)
+        small.copy_(self.grads[:wte])
+        every = mine.new_empty(self.world_size, len(mine))
+        yield every, mine
+        for r, theirs in enumerate(every): # in this order everywhere: the same bits
+            rows, ids, small = self._split(theirs, len(ids))
+            kernels.add_rows(self.dhead, ids, rows)
+            self.grads[:wte].copy_(small) if r == 0 else self.grads[:wte].add_(small)
+        yield None
+
+    def _rows(self, n, small):
+        """What is gathered of n tokens: all of it, and its _split(). It keeps its place from step to step."""
+        if n not in self.rows:
+            self.rows[n] = self.exchange.empty(n * (self.config.n_embd + 1) + small, self.grads.dtype, self.device)
+        return self.rows[n], *self._split(self.rows[n], n)
+
+    def _split(self, flat, n):
+        """Gradients of a batch's different tokens (n, C), the tokens (n), and the gradients before the embedding's."""
+        rows, ids, small = flat.split([n * self.config.n_embd, n, len(flat) - n * (self.config.n_embd + 1)])
+        return rows.view(n, -1), ids.view(torch.int32 if flat.itemsize == 4 else torch.int64), small
 
     # ---- AdamW ----------------------------------------------------------------------------------------------------
 

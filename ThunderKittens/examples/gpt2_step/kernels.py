@@ -115,6 +115,28 @@ def embed_backward(dx, ids, seed, p, dwte, dwpe, add):
         dwpe[T:] = 0
 
 
+def number_tokens(ids, different):
+    """
+    ids (B, T) int64 -> (B, T) int64: the number that each has among the batch's different tokens, which are left in
+    `different` (B T), an integer type; -1 fills the rest.
+    """
+    tokens, order = ids.view(-1).sort()
+    begins = torch.ones_like(tokens)
+    begins[1:] = tokens[1:] != tokens[:-1]
+    number = begins.cumsum(0) - 1
+    different.fill_(-1).scatter_(0, number, tokens.to(different.dtype)) # equal ones write the same
+    return torch.empty_like(tokens).scatter_(0, order, number).view(ids.shape)
+
+
+def add_rows(wte, ids, rows):
+    """wte[ids] += rows, of which each goes elsewhere: wte (V, C), ids (n), rows (n, C); an id of -1 goes nowhere."""
+    if ids.is_cuda:
+        C = wte.size(1)
+        _launch(_add_rows, len(ids), wte, ids, rows, C, _block(C))
+    else:
+        wte[ids[ids >= 0]] += rows[ids >= 0]
+
+
 def sum_into(total, x, dim, add):
     """The sum of x over a dimension, in total's dtype; added to what is there with `add`."""
     if add:
@@ -372,6 +394,14 @@ if triton:
         if ADD:
             total += tl.load(here, mask=c < C)
         tl.store(here, total, mask=c < C)
+
+    @triton.jit
+    def _add_rows(wte, ids, rows, C, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.arange(0, BLOCK)
+        token = tl.load(ids + row).to(tl.int64)
+        mask = (c < C) & (token >= 0)
+        here = wte + token * C + c
+        tl.store(here, tl.load(here, mask=mask) + tl.load(rows + row * C + c, mask=mask), mask=mask)
 
     @triton.jit(do_not_specialize=['seed', 'threshold'])
     def _add_norm(x, branch, weight, bias, seed, after, h, stats, M, C, threshold, scale, eps, tiny, ROWS: tl.constexpr,
