@@ -5,6 +5,7 @@ NCCL's kernels need multiprocessors, and a matmul that finds some of them taken 
 behind it then costs nearly what it would cost afterwards. GPUs of one machine can do with copies from each other's
 memory, for which they have engines of their own; torch's symmetric memory shows each process the others' tensors.
 """
+import atexit
 import contextlib
 import importlib.util
 import os
@@ -142,7 +143,10 @@ def choose_exchange(device, copies=True):
         except RuntimeError as e:
             reason = str(e).splitlines()[0]
         reason = reason_of_any(reason, device)
-    return (ByGroup(), reason) if reason else (ByCopies(dist.get_rank(), share, torch.cuda.Stream(device)), '')
+    if reason:
+        return ByGroup(), reason
+    atexit.register(os._exit, 1) # after an error a GPU may wait for one that is gone, and would keep the process
+    return ByCopies(dist.get_rank(), share, torch.cuda.Stream(device)), ''
 
 
 def reason_of_any(reason, device):
