@@ -54,9 +54,11 @@ def off(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
+@pytest.mark.parametrize('kept_bytes', [math.inf, 0], ids=['kept', 'again'])
 @pytest.mark.parametrize('kw', SHAPES, ids=['plain', 'biases_tanh', 'biases'])
-def test_loss_gradients_and_weights_are_autograds_and_adamws(kw, double):
+def test_loss_gradients_and_weights_are_autograds_and_adamws(kw, kept_bytes, double):
     plain, model, step = pair(**kw)
+    step.kept_bytes = kept_bytes
     optimizer = adamw(plain)
     for _ in range(3):
         for micro_step in range(2):
@@ -513,7 +515,8 @@ def step_of(model, **kw):
 @on_gpu
 @pytest.mark.parametrize('kernel', [True, False], ids=['TK', 'SDPA'])
 @pytest.mark.parametrize('T, kw', [(511, {}), (257, dict(bias=True, gelu='tanh', vocab_size=65))], ids=['511', '257'])
-def test_every_gradient_is_as_near_to_float64_as_plain_nanogpts(T, kw, kernel, cuda):
+@pytest.mark.parametrize('kept_bytes', [math.inf, 0], ids=['kept', 'again'])
+def test_every_gradient_is_as_near_to_float64_as_plain_nanogpts(T, kw, kernel, kept_bytes, cuda):
     V = kw.get('vocab_size', 50257)
     x, y = torch.randint(V, (4, T), device=cuda), torch.randint(V, (4, T), device=cuda)
     y[0, :9] = -1
@@ -522,6 +525,7 @@ def test_every_gradient_is_as_near_to_float64_as_plain_nanogpts(T, kw, kernel, c
     with torch.autocast('cuda', dtype=torch.bfloat16):
         plain(x, y)[1].backward()
     step = step_of(mine)
+    step.kept_bytes = kept_bytes
     losses = [step.forward_backward(x, y).item() for _ in range(3)] # as it is, captured, replayed
     assert max(losses) - min(losses) < 1e-5
     assert losses[0] == pytest.approx(exact(x, y)[1].item(), abs=1e-3)

@@ -13,6 +13,7 @@ summed, and the passes between the matmuls are one kernel each (kernels.py).
 """
 import collections
 import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from . import kernels
 from .exchange import ByGroup
 
 HEAD_ROWS = 16384 # rows whose logits stand in memory at a time: 1.6 GB at GPT-2's vocabulary
-RECOMPUTE_FROM_tokens = 32768 # from so many tokens on the backward computes GELU once more instead of keeping it
+KEPT_share = 0.2 # of the GPU's memory: GELUs that take more altogether are computed once more in the backward
 
 
 def why_not(device_type, dtype):
@@ -86,6 +87,8 @@ class TrainStep:
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if graphs and self.device.type == 'cuda' else None
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.exchange, self.rows = exchange or ByGroup(), {}
+        self.kept_bytes = math.inf if self.device.type != 'cuda' else \
+            KEPT_share * torch.cuda.get_device_properties(self.device).total_memory
         self.head_rows = -(-model.config.vocab_size // 64) * 64 # matmuls like whole tiles of vocabulary
         self._take_over(model)
         self._place_sums()
@@ -272,7 +275,7 @@ class TrainStep:
             stream, h, saved = self._add_norm(stream, branch, f'{block}.ln_2', seeds[2 * i + 1], p)
             w, b = self.half_w[f'{block}.mlp.c_fc.weight'], self.half_w.get(f'{block}.mlp.c_fc.bias')
             before, act = kernels.linear_gelu(h, w, b, tanh) # (B T, 4C) each
-            k.update(h2=h, saved2=saved, before=before, act=act if B * T < RECOMPUTE_FROM_tokens else None)
+            k.update(h2=h, saved2=saved, before=before, act=act if L * act.nbytes <= self.kept_bytes else None)
             branch = self._linear(act, f'{block}.mlp.c_proj')
             layers += [k] if keep else []
         stream, h, saved = self._add_norm(stream, branch, 'transformer.ln_f', seeds[2 * L], p)
