@@ -92,23 +92,31 @@ def flush():
 
 
 def flushed_us(call, repeats=20):
-    """Median of `repeats` calls with a cold L2; a sleep on the device covers the host's time."""
+    """
+    Median of `repeats` calls with a cold L2. A sleep on the device covers the host's time: a call for which the host
+    took longer does not count, and the sleep becomes longer.
+    """
     for _ in range(2):
         call()
     torch.cuda.synchronize()
     began = time.perf_counter()
     call()
-    host_s = time.perf_counter() - began
+    sleep_s, timed = 1.5 * (time.perf_counter() - began) + 60e-6, []
     torch.cuda.synchronize()
-    starts, ends = events(repeats), events(repeats)
-    for start, end in zip(starts, ends, strict=True):
+    while len(timed) < repeats:
+        start, end = events(2)
         flush().zero_()
-        torch.cuda._sleep(int((1.5 * host_s + 60e-6) * 1.9e9))
+        began = time.perf_counter()
+        torch.cuda._sleep(int(sleep_s * 1.9e9))
         start.record()
         call()
         end.record()
+        if time.perf_counter() - began < sleep_s:
+            timed.append((start, end))
+        else:
+            sleep_s *= 1.2
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends, strict=True))
+    return statistics.median(start.elapsed_time(end) * 1e3 for start, end in timed)
 
 
 def back_to_back_us(call, repeats):
