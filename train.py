@@ -74,7 +74,7 @@ warmup_iters = 2000
 lr_decay_iters = 600000 # about max_iters, as in Chinchilla
 min_lr = 6e-5 # about learning_rate / 10, as in Chinchilla
 # system
-backend = 'auto' # of torch.distributed: nccl, gloo; auto is nccl on CUDA, gloo elsewhere
+backend = 'auto' # of torch.distributed: gloo; nccl; auto is that on CUDA, with sums by copies inside one machine
 device = 'auto' # cpu, cuda, cuda:1, mps, ...
 dtype = 'auto' # float32, bfloat16 or float16 (float16 gets a GradScaler)
 fast = 'auto' # the step by hand, in CUDA graphs: True, False (model.py and autograd); auto uses it where it can run
