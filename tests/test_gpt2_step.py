@@ -232,7 +232,7 @@ def test_tokens_are_numbered_so_that_equal_ones_share_a_row():
 @pytest.mark.parametrize('n', [1, 2, 3])
 def test_copies_between_processes_give_all_of_them_the_same_sum_and_the_others_rows(n, device):
     """Threads for processes: each reads the others' tensors where they lie, and late ones are waited for."""
-    meeting, places = threading.Barrier(n), [{} for _ in range(n)]
+    meeting, places = threading.Barrier(n, timeout=60), [{} for _ in range(n)]
 
     def all_are_here():
         if device == 'cuda':
