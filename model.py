@@ -459,7 +459,12 @@ class Writer:
         if self.step is None:
             self.step = decode.Step(self.model, [cache.kv for cache in self.caches])
             self.casts = self.caches[0].kv.dtype != self.model.lm_head.weight.dtype
-        self.append(self.step(self.text, self.newest, self.place))
+        logits = self.step(self.text, self.newest, self.place)
+        choice = {'temperature': 1.0, **self.choice}
+        if choice['temperature'] == 0 or choice.get('top_p') is not None:
+            return self.append(logits)
+        decode.append(logits[:, :choice.get('n_tokens')], self.seeds, self.text, self.newest, self.place,
+                      choice['temperature'], choice.get('top_k'))
 
 
 # Every new token is another length, and cuDNN would plan anew for each.

@@ -195,11 +195,25 @@ def attend(qkv, kv, places):
     return (out, lse) if splits > 1 else (out[:, 0], None)
 
 
-def draw(logits, seeds, temperature, top_k=None, block=2048):
+def draw(logits, seeds, temperature, top_k=None):
     """
     The token whose logit / temperature + Gumbel noise is the largest, which falls on it with its probability; among the
     top_k likeliest. logits (B, V), seeds (B) int64, other ones at each place -> (B) int64. The noise is model.pick's.
     """
+    chosen = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    _draw(logits, seeds, None, temperature, top_k, chosen, None, 0, None)
+    return chosen
+
+
+def append(logits, seeds, text, newest, places, temperature, top_k=None):
+    """
+    The same with seeds + places + 1, into the column of text (B, width) behind `newest` (1), int64 all; newest and
+    places (B), the newest token's column and its place in each row, then go up by one.
+    """
+    _draw(logits, seeds, places, temperature, top_k, None, text, text.size(1), newest)
+
+
+def _draw(logits, seeds, places, temperature, top_k, chosen, text, width, newest, block=2048):
     (B, V), device, kth = logits.shape, logits.device, None
     if top_k is not None and top_k < V:
         kth = torch.empty(B, device=device)
@@ -209,7 +223,8 @@ def draw(logits, seeds, temperature, top_k=None, block=2048):
     blocks = -(-V // block)
     best = torch.empty(B, blocks, device=device)
     token = torch.empty(B, blocks, dtype=torch.long, device=device)
-    launch('draw', (blocks, B), logits, logits.stride(0), kth, seeds, best, token, V, 1 / temperature, BLOCK=block)
-    chosen = torch.empty(B, dtype=torch.long, device=device)
-    launch('choose', (B,), best, token, chosen, blocks, COLS=power_of_two(blocks), num_warps=1)
-    return chosen
+    launch('draw', (blocks, B), logits, logits.stride(0), kth, seeds, places, newest, best, token, V, 1 / temperature,
+           BLOCK=block)
+    rows = min(32, power_of_two(B)) # of a program
+    launch('choose', (-(-B // rows),), best, token, chosen, text, width, newest, places, B, blocks, ROWS=rows,
+           COLS=power_of_two(blocks), num_warps=4 if B > 1 else 1)

@@ -312,12 +312,21 @@ def kth_largest(logits, stride, kth, V, TOP_K, log_k, BLOCK: tl.constexpr, PDL: 
 
 
 @triton.jit
-def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The largest of logit * warmth + Gumbel noise, and whose it is, among BLOCK tokens of a row."""
+def draw(logits, stride, kth, seeds, places, newest, best, token, V, warmth, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """
+    The largest of logit * warmth + Gumbel noise, and whose it is, among BLOCK tokens of a row.
+
+    places  None, or of the rows' newest tokens: the noise is the next ones', whose column, `newest`, is counted up
+    """
     block, row = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
     wait(PDL)
-    bits = scramble(scramble(tl.load(seeds + row).to(tl.uint64, bitcast=True)) + v.to(tl.uint64))
+    seed = tl.load(seeds + row)
+    if places is not None:
+        seed += tl.load(places + row) + 1
+        counts = (block == 0) & (row == 0)
+        tl.store(newest, tl.load(newest, mask=counts) + 1, mask=counts)
+    bits = scramble(scramble(seed.to(tl.uint64, bitcast=True)) + v.to(tl.uint64))
     uniform = (((bits >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     logit = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float('inf')).to(tl.float32)
     score = logit * warmth - tl.log(-tl.log(uniform))
@@ -330,10 +339,20 @@ def draw(logits, stride, kth, seeds, best, token, V, warmth, BLOCK: tl.constexpr
 
 
 @triton.jit
-def choose(best, token, chosen, BLOCKS, COLS: tl.constexpr, PDL: tl.constexpr):
-    """The token of a row's largest score among those of its BLOCKS blocks.        a program: one row"""
-    row, block = tl.program_id(0), tl.arange(0, COLS)
-    at = row * BLOCKS + block
+def choose(best, token, chosen, text, width, newest, places, B, BLOCKS, ROWS: tl.constexpr, COLS: tl.constexpr,
+           PDL: tl.constexpr):
+    """
+    The token of each row's largest score among those of its BLOCKS blocks: into `chosen` (B) or into column `newest` of
+    text (B, width), and the rows' places are counted up.        a program: ROWS rows
+    """
+    row, block = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    at, real = row[:, None] * BLOCKS + block[None, :], row < B
     wait(PDL)
-    _, where = tl.max(tl.load(best + at, mask=block < BLOCKS, other=-float('inf')), 0, return_indices=True)
-    tl.store(chosen + row, tl.load(token + row * BLOCKS + where))
+    score = tl.load(best + at, mask=real[:, None] & (block < BLOCKS)[None, :], other=-float('inf'))
+    _, where = tl.max(score, 1, return_indices=True)
+    found = tl.load(token + row * BLOCKS + where, mask=real)
+    if chosen is not None:
+        tl.store(chosen + row, found, mask=real)
+    else:
+        tl.store(text + row * width + tl.load(newest), found, mask=real)
+        tl.store(places + row, tl.load(places + row, mask=real) + 1, mask=real)
