@@ -74,7 +74,7 @@ warmup_iters = 2000
 lr_decay_iters = 600000 # about max_iters, as in Chinchilla
 min_lr = 6e-5 # about learning_rate / 10, as in Chinchilla
 # system
-backend = 'auto' # of torch.distributed: gloo; nccl; auto is that on CUDA, with sums by copies inside one machine
+backend = 'auto' # nccl, gloo; copies: nccl, but GPUs of one machine copy gradients; auto: nccl on CUDA, else gloo
 device = 'auto' # cpu, cuda, cuda:1, mps, ...
 dtype = 'auto' # float32, bfloat16 or float16 (float16 gets a GradScaler)
 fast = 'auto' # the step by hand, in CUDA graphs: True, False (model.py and autograd); auto uses it where it can run
@@ -115,7 +115,7 @@ def check_settings():
     for name in ('beta1', 'beta2'):
         if not 0 <= config[name] < 1:
             sys.exit(f"--{name} must be at least 0 and below 1, not {config[name]}")
-    for name, allowed in (('data_order', ('random', 'permutation')), ('backend', ('auto', 'nccl', 'gloo')),
+    for name, allowed in (('data_order', ('random', 'permutation')), ('backend', ('auto', 'nccl', 'gloo', 'copies')),
                           ('residual', ('float32', 'bfloat16'))):
         if config[name] not in allowed:
             sys.exit(f"--{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {config[name]!r}")
@@ -147,9 +147,9 @@ if device_type == 'cuda':
 if ddp:
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
-    if backend == 'nccl' and device_type != 'cuda':
-        sys.exit(f"--backend=nccl needs CUDA devices, not {device}; gloo runs anywhere")
-    dist.init_process_group(backend=backend, store=store, rank=rank, world_size=world_size)
+    if backend in ('nccl', 'copies') and device_type != 'cuda':
+        sys.exit(f"--backend={backend} needs CUDA devices, not {device}; gloo runs anywhere")
+    dist.init_process_group(backend=backend.replace('copies', 'nccl'), store=store, rank=rank, world_size=world_size)
     control = dist.new_group(backend='gloo') # small words between the processes, beside the gradients
 if master:
     try:
@@ -257,7 +257,7 @@ evaluated = bool(resumed) and checkpoint.get('evaluated', False) # the run that 
 checkpoint = None # free its memory
 fast_step = None
 if fast:
-    exchange, reason = choose_exchange(torch.device(device), config['backend'] == 'auto') if ddp else (None, '')
+    exchange, reason = choose_exchange(torch.device(device), backend == 'copies') if ddp else (None, '')
     if ddp:
         say(f"gradients are summed {exchange.how}" + (f": {reason}" if reason else ''))
     fast_step = TrainStep(raw_model, optimizer, grad_clip, getattr(torch, residual), getattr(torch, dtype),

@@ -381,7 +381,7 @@ def test_wandb_without_a_network_is_a_warning_and_the_run_goes_on(no_wandb_accou
     ('--dropout=1.0', 'dropout must be at least 0 and below 1, got 1.0'),
     ('--n_layer=0', 'n_layer must be at least 1, got 0'),
     ('--data_order=sorted', "--data_order must be random or permutation, not 'sorted'"),
-    ('--backend=mpi', "--backend must be auto, nccl or gloo, not 'mpi'"),
+    ('--backend=mpi', "--backend must be auto, nccl, gloo or copies, not 'mpi'"),
     ('--out_dir=data/tiny/meta.pkl', '--out_dir=data/tiny/meta.pkl: File exists'),
     ('--TK_kernel=True', '--TK_kernel=True cannot run here: it runs on a CUDA device, not on cpu (what builds it: '),
 ])

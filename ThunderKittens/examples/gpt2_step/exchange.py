@@ -1,9 +1,10 @@
 """
 How processes sum their gradients while the backward still runs.
 
-NCCL's kernels need multiprocessors, and a matmul that finds some of them taken needs a second wave: what is hidden
-behind it then costs nearly what it would cost afterwards. GPUs of one machine can do with copies from each other's
-memory, for which they have engines of their own; torch's symmetric memory shows each process the others' tensors.
+What NCCL hides behind the backward costs nearly what it would cost afterwards (NOTES.md), probably since its kernels
+take multiprocessors, and a matmul that misses some needs a second wave. GPUs of one machine can do with copies from
+each other's memory, for which they have engines of their own; torch's symmetric memory shows each process the others'
+tensors.
 """
 import atexit
 import contextlib
@@ -123,10 +124,12 @@ def why_no_copies(device):
     return '' if importlib.util.find_spec('torch.distributed._symmetric_memory') else "torch has no symmetric memory"
 
 
-def choose_exchange(device, copies=True):
+def choose_exchange(device, copies):
     """ByCopies where `copies` and the machine allow it, else ByGroup, and why: all processes take the same."""
-    reason = why_no_copies(device) if copies else "the backend was chosen"
-    if not copies or device.type != 'cuda':
+    if not copies:
+        return ByGroup(), ''
+    reason = why_no_copies(device)
+    if device.type != 'cuda':
         return ByGroup(), reason
     reason = reason_of_any(reason, device)
     if not reason:
