@@ -1,6 +1,7 @@
 """The benchmark refuses to time what is wrong, and says what it timed; inference compares the ways to speak."""
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -172,6 +173,36 @@ def test_the_largest_batch_is_found_from_above_and_from_below(first, monkeypatch
     monkeypatch.setattr(step_bench, 'run', run)
     assert step_bench.largest('xl', 'fast', first)['batch_size'] == 28
     assert len(tried) == len(set(tried))
+
+
+def test_a_table_that_was_interrupted_goes_on_and_is_written_after_every_shape(tmp_path, monkeypatch, capsys):
+    timed, left = [], 2
+
+    def run(size, way, B, T):
+        nonlocal left
+        timed.append((size, way, B, T))
+        if left == 0 and way == 'plain':
+            sys.exit("the power went")
+        left -= way == 'plain'
+        return row(way, B, T, size)
+    monkeypatch.setattr(step_bench, 'run', run)
+    monkeypatch.setattr(step_bench, 'compile_ahead', lambda shapes: None)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    call = ['bench', '--sizes=124M', f'--out={tmp_path}', '--commit=abc1234']
+    monkeypatch.setattr('sys.argv', call)
+    with pytest.raises(SystemExit, match="the power went"):
+        step_bench.main()
+    left, before = 9, len(timed)
+    step_bench.main()
+    assert [t[2:] for t in timed[before:]] == [(64, 1024)] * 3 + [(4, 4096)] * 2
+    assert "2 shapes of commit abc1234 are in" in (said := capsys.readouterr().out)
+    assert said.count('| 124M |') == 10
+    before = len(timed)
+    step_bench.main() # nothing is missing
+    monkeypatch.setattr('sys.argv', [*call[:-1], '--commit=fff9999']) # other code
+    assert len(timed) == before and not step_bench.measured(tmp_path / 'gpt2_step.json', 'fff9999')
+    step_bench.main()
+    assert len(timed) == before + 10
 
 
 def test_what_fails_ends_the_table_with_its_words_and_a_size_must_be_known(monkeypatch, capsys):

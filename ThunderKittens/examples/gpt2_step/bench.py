@@ -4,8 +4,9 @@ The training step beside plain nanoGPT, shape by shape: each row is a bench.py i
     python -m ThunderKittens.examples.gpt2_step.bench [--sizes=124M,medium,large,xl] [--out=FOLDER] [--readme]
 
 Prints a table, leaves gpt2_step.json and gpt2_step.png (where a step's time goes) in FOLDER, and with --readme
-writes the table into README.md. A row of plain nanoGPT comes before its shape's others, on the same card in the
-same run; its torch.compile, which takes a minute, is done for all shapes of 124M side by side beforehand.
+writes the table into README.md, after each shape. Shapes that gpt2_step.json holds of the same commit are not timed
+again, so that what was interrupted goes on. A row of plain nanoGPT comes before its shape's others, on the same card
+in the same run; its torch.compile, which takes a minute, is done for all shapes of 124M side by side beforehand.
 """
 import argparse
 import json
@@ -17,11 +18,13 @@ import torch
 
 from data.bins import make_folder
 from data.curves import write_section
+from data.run import commit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SIZES = {'124M': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600)}
-SHAPES_124M = [(16, 1024), (12, 1024), (64, 1024), (4, 4096)] # batch, block
+SHAPES = [('124M', 16, 1024), ('124M', 12, 1024), ('124M', 64, 1024), ('124M', 4, 4096), # batch, block
+          ('medium',), ('large',), ('xl',)] # at the largest batches that fit
 FIRST_TRY = {'medium': (60, 96), 'large': (32, 48), 'xl': (16, 20)} # batches at block 1024: plain's and ours
 WAYS = {'plain': ['--plain=True'], 'fast': [], 'fast, bfloat16 residual': ['--residual=bfloat16']}
 
@@ -47,7 +50,8 @@ def compile_ahead(shapes):
     """torch.compile of the plain rows, side by side, into its cache on the disk."""
     running = [subprocess.Popen([sys.executable, 'bench.py', '--plain=True', f'--batch_size={B}', f'--block_size={T}',
                                  '--real_data=False', '--dataset=none', '--steps=1', '--warmup=1'], cwd=ROOT,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for B, T in shapes]
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+               for size, B, T in (shape for shape in shapes if len(shape) == 3)]
     for process in running:
         process.wait()
 
@@ -70,9 +74,32 @@ def largest(size, way, B):
     sys.exit(f"{size}, {way}: not even a batch of 4 fits")
 
 
+def measure(shape):
+    """The rows of a shape of SHAPES, as a list."""
+    size, *tokens = shape
+    if tokens:
+        ways = WAYS if tokens in ([16, 1024], [64, 1024]) else ('plain', 'fast')
+        return [run(size, way, *tokens) for way in ways]
+    plains, ours = FIRST_TRY[size]
+    plain = largest(size, 'plain', plains)
+    return [plain, run(size, 'fast', plain['batch_size'], 1024), largest(size, 'fast', ours)]
+
+
+def measured(path, of):
+    """{shape: its rows} of an earlier run at the commit `of`, from its JSON; none where files differ from a commit."""
+    if not path.exists() or of == 'unknown' or of.endswith('+'):
+        return {}
+    found = {}
+    for row in json.loads(path.read_text(encoding='utf-8')):
+        if row['commit'] == of:
+            shape = ('124M', row['batch_size'], row['block_size']) if row['size'] == '124M' else (row['size'],)
+            found.setdefault(shape, []).append(row)
+    return found
+
+
 def table(rows):
-    first = rows[0]
-    lines = [f"{first['card']}, torch {first['torch']}, CUDA {first['cuda']}, commit {first['commit']}; bfloat16, "
+    first, cards = rows[0], ', '.join(sorted({row['card'] for row in rows}))
+    lines = [f"{cards}, torch {first['torch']}, CUDA {first['cuda']}, commit {first['commit']}; bfloat16, "
              "random tokens, medians of 20 steps; MFU by nanoGPT's formula.", '',
              '| GPT-2 | B x T | | ms | tokens/s | MFU | GiB | to plain |', '|---|---|---|---|---|---|---|---|']
     plain = {}
@@ -109,6 +136,18 @@ def picture(rows, path):
     figure.savefig(path, dpi=110)
 
 
+def save(found, out, readme):
+    """JSON, picture and, where asked for, the README's table of {shape: its rows}; the table, as text."""
+    rows = [row for shape in SHAPES for row in found.get(shape, [])]
+    text = table(rows)
+    (out / 'gpt2_step.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
+    if rows[0]['size'] == '124M':
+        picture(rows, out / 'gpt2_step.png')
+    if readme:
+        write_section(ROOT / 'README.md', 'step', text)
+    return text
+
+
 def main():
     parser = argparse.ArgumentParser(description='the training step beside plain nanoGPT')
     parser.add_argument('--sizes', default='124M')
@@ -121,28 +160,18 @@ def main():
     for size in sizes:
         if size not in SIZES:
             sys.exit(f"--sizes takes {', '.join(SIZES)}, not {size!r}")
-    if not torch.cuda.is_available():
+    at, out = options.commit or commit(), Path(options.out)
+    found = measured(out / 'gpt2_step.json', at)
+    wanted = [shape for shape in SHAPES if shape[0] in sizes and shape not in found]
+    if wanted and not torch.cuda.is_available():
         sys.exit("no CUDA device: a CPU would take hours; bench.py times one small shape anywhere")
-    rows = []
-    if '124M' in sizes:
-        compile_ahead(SHAPES_124M)
-        for B, T in SHAPES_124M:
-            ways = WAYS if (B, T) in ((16, 1024), (64, 1024)) else ('plain', 'fast')
-            rows += [run('124M', way, B, T) for way in ways]
-    for size in sizes:
-        if size in FIRST_TRY:
-            plains, ours = FIRST_TRY[size]
-            rows.append(largest(size, 'plain', plains))
-            rows.append(run(size, 'fast', rows[-1]['batch_size'], 1024))
-            rows.append(largest(size, 'fast', ours))
-    for row in rows:
-        row['commit'] = options.commit or row['commit']
-    text, out = table(rows), Path(options.out)
-    print(text)
-    (out / 'gpt2_step.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
-    picture(rows, out / 'gpt2_step.png')
-    if options.readme:
-        write_section(ROOT / 'README.md', 'step', text)
+    if found:
+        print(f"{len(found)} shapes of commit {at} are in {out / 'gpt2_step.json'}: not timed again")
+    compile_ahead(wanted)
+    for shape in wanted:
+        found[shape] = [{**row, 'commit': at} for row in measure(shape)]
+        save(found, out, options.readme)
+    print(save(found, out, options.readme))
 
 
 if __name__ == '__main__':
