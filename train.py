@@ -74,7 +74,7 @@ warmup_iters = 2000
 lr_decay_iters = 600000 # about max_iters, as in Chinchilla
 min_lr = 6e-5 # about learning_rate / 10, as in Chinchilla
 # system
-backend = 'auto' # nccl, gloo; copies: nccl, but GPUs of one machine copy gradients; auto: nccl on CUDA, else gloo
+backend = 'auto' # nccl, gloo; copies: nccl, but GPUs of a machine copy gradients; auto: copies for two, nccl or gloo
 device = 'auto' # cpu, cuda, cuda:1, mps, ...
 dtype = 'auto' # float32, bfloat16 or float16 (float16 gets a GradScaler)
 fast = 'auto' # the step by hand, in CUDA graphs: True, False (model.py and autograd); auto uses it where it can run
@@ -146,9 +146,11 @@ if device_type == 'cuda':
     torch.cuda.set_device(torch.device(device).index or 0)
 if ddp:
     if backend == 'auto':
-        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+        backend = 'gloo' if device_type != 'cuda' else 'copies' if fast and world_size == 2 else 'nccl'
     if backend in ('nccl', 'copies') and device_type != 'cuda':
         sys.exit(f"--backend={backend} needs CUDA devices, not {device}; gloo runs anywhere")
+    if backend == 'copies' and not fast:
+        sys.exit("--backend=copies is a way of the fast step, which does not run here; nccl runs with any")
     dist.init_process_group(backend=backend.replace('copies', 'nccl'), store=store, rank=rank, world_size=world_size)
     control = dist.new_group(backend='gloo') # small words between the processes, beside the gradients
 if master:

@@ -186,13 +186,13 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient_on_purpose(double, monkey
     assert step.update().item() == 1
 
 
-def one_of_two(rank, folder, rows):
+def one_of_two(rank, folder, rows, layers):
     """A process of two: its own weights at first, its own half of the batch."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f'{folder}/store', 2)
     torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
-    _, model, step = pair(vocab_size=65, by_rank=rank)
+    _, model, step = pair(vocab_size=65, n_layer=layers, by_rank=rank)
     for x, y in two_steps(rows):
         for i in range(2):
             step.forward_backward(x[rank, i], y[rank, i], share=0.25, first=i == 0, last=i == 1)
@@ -208,10 +208,11 @@ def two_steps(rows):
         yield torch.randint(20, (2, 2, rows, 13)), torch.randint(65, (2, 2, rows, 13))
 
 
-@pytest.mark.parametrize('rows, gathered', [(3, True), (5, False)]) # 2 x 5 x 13 tokens are more than the head has rows
-def test_two_processes_make_the_steps_of_one(rows, gathered, double, tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), rows), nprocs=2)
-    _, model, step = pair(vocab_size=65, by_rank=0)
+# 2 x 5 x 13 tokens are more than the head has rows
+@pytest.mark.parametrize('rows, gathered, layers', [(3, True, 3), (3, True, 1), (5, False, 3)])
+def test_two_processes_make_the_steps_of_one(rows, gathered, layers, double, tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), rows, layers), nprocs=2)
+    _, model, step = pair(vocab_size=65, n_layer=layers, by_rank=0)
     assert (2 * rows * 13 <= step.head_rows) == gathered
     for x, y in two_steps(rows):
         for n, (rank, i) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
@@ -254,11 +255,13 @@ def test_copies_between_processes_give_all_of_them_the_same_sum_and_the_others_r
             flat.copy_(of_rank(turn, rank, 1000))
             rows.copy_(of_rank(turn, rank, 70))
             exchange.sum(flat[300:])
-            exchange.sum(flat[1:201])
             every = torch.empty(n, 70, device=device)
             exchange.gather(every, rows)
-            found.append((flat.clone().cpu(), every.cpu()))
             exchange.wait()
+            every = every.cpu()
+            exchange.sum(flat[1:201])
+            exchange.wait()
+            found.append((flat.clone().cpu(), every))
         return found
 
     def of_rank(turn, rank, size):

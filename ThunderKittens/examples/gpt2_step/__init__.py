@@ -178,6 +178,8 @@ class TrainStep:
                     self.exchange.gather(*finished)
                 elif finished is not None:
                     self.exchange.sum(finished)
+                elif several:
+                    self.exchange.wait()
         if several:
             self.exchange.wait()
         return self.loss
@@ -315,9 +317,12 @@ class TrainStep:
         else:
             torch.mm(dy.t(), x, out=grad, **wider)
 
-    def _weight_grads(self, name, dy, x, add):
-        """The gradients of a _linear's weight and bias: dy (M, out), x (M, in)."""
-        self._weight_grad(self.g[f'{name}.weight'], dy, x, add)
+    def _weight_grads(self, name, dy, x, add, later=None):
+        """Gradients of a _linear's weight (left to `later`, a list, if there) and bias: dy (M, out), x (M, in)."""
+        if later is None:
+            self._weight_grad(self.g[f'{name}.weight'], dy, x, add)
+        else:
+            later.append((f'{name}.weight', dy, x))
         if f'{name}.bias' in self.g:
             kernels.sum_into(self.g[f'{name}.bias'], dy, 0, add)
 
@@ -328,7 +333,8 @@ class TrainStep:
     def _forward_backward(self, x, y, share, add, several):
         """
         With `several` it yields the parts of self.grads that are to be summed over the processes as they are finished,
-        the last layers' first, and (all processes', this process's) tensors that are to be gathered; else None.
+        the last layers' first, (all processes', this process's) tensors that are to be gathered, and None where it
+        needs what was started, and at the end.
         """
         p, L, tanh = self.config.dropout, self.config.n_layer, self.config.gelu == 'tanh'
         h, (seeds, layers, saved) = self._forward(x, p, keep=True)
@@ -337,26 +343,28 @@ class TrainStep:
         by_rows = several and self.world_size * x.numel() <= self.head_rows # fewer bytes than the whole embedding
         if by_rows:
             yield self.grads[wte:layer_0]
+        late, later = (2, []) if by_rows else (0, None) # the first layers' weights have time while tokens' rows travel
         # dx: the gradient of the residual stream, d: of the branch that was added to it
         dx, d = self._norm_backward(2 * L, 'transformer.ln_f', dh, saved, None, seeds[2 * L], p)
         del h, dh, saved
         end = len(self.grads)
         for i in reversed(range(L)):
             block, k = f'transformer.h.{i}', layers.pop()
+            weight_grads = functools.partial(self._weight_grads, add=add, later=later if i < late else None)
             dbefore, act = kernels.linear_gelu_backward(d, self.half_w[f'{block}.mlp.c_proj.weight'], k['before'], tanh,
                                                         again=k['act'] is None) # (B T, 4C)
-            self._weight_grads(f'{block}.mlp.c_proj', d, k['act'] if act is None else act, add)
-            self._weight_grads(f'{block}.mlp.c_fc', dbefore, k['h2'], add)
+            weight_grads(f'{block}.mlp.c_proj', d, k['act'] if act is None else act)
+            weight_grads(f'{block}.mlp.c_fc', dbefore, k['h2'])
             dh = dbefore @ self.half_w[f'{block}.mlp.c_fc.weight']
             del act, dbefore
             dx, d = self._norm_backward(2 * i + 1, f'{block}.ln_2', dh, k['saved2'], dx, seeds[2 * i + 1], p)
-            self._weight_grads(f'{block}.attn.c_proj', d, k['y'].view(len(d), -1), add)
+            weight_grads(f'{block}.attn.c_proj', d, k['y'].view(len(d), -1))
             dy = d @ self.half_w[f'{block}.attn.c_proj.weight']
             dqkv = k['attention_backward'](dy.view(k['y'].shape)).view(len(d), -1)
-            self._weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'], add)
+            weight_grads(f'{block}.attn.c_attn', dqkv, k['h1'])
             dh = dqkv @ self.half_w[f'{block}.attn.c_attn.weight']
             dx, d = self._norm_backward(2 * i, f'{block}.ln_1', dh, k['saved1'], dx, seeds[2 * i], p)
-            if several and i in (3 * L // 4, L // 2, L // 4, 1, 0): # the last ones, which are waited for, are small
+            if several and i >= late and i in (3 * L // 4, L // 2, L // 4, late, 1, 0): # the last ones are small
                 start = self.first[f'{block}.attn.c_attn.weight']
                 yield self.grads[start:end]
                 end = start
@@ -375,11 +383,17 @@ class TrainStep:
         small.copy_(self.grads[:wte])
         every = mine.new_empty(self.world_size, len(mine))
         yield every, mine
-        for r, theirs in enumerate(every): # in this order everywhere: the same bits
-            rows, ids, small = self._split(theirs, len(ids))
-            kernels.add_rows(self.dhead, ids, rows)
-            self.grads[:wte].copy_(small) if r == 0 else self.grads[:wte].add_(small)
-        yield None
+        for name, dy, x in later:
+            self._weight_grad(self.g[name], dy, x, add)
+            if name == 'transformer.h.0.mlp.c_fc.weight':
+                yield None
+                for r, theirs in enumerate(every): # in this order everywhere: the same bits
+                    rows, ids, small = self._split(theirs, len(ids))
+                    kernels.add_rows(self.dhead, ids, rows)
+                    self.grads[:wte].copy_(small) if r == 0 else self.grads[:wte].add_(small)
+            if name.endswith(('h.1.attn.c_attn.weight', 'h.0.mlp.c_fc.weight', 'h.0.attn.c_attn.weight')):
+                yield self.grads[self.first[name]:end]
+                end = self.first[name]
 
     def _rows(self, n, small):
         """What is gathered of n tokens: all of it, and its _split(). It keeps its place from step to step."""

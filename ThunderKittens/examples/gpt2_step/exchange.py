@@ -36,9 +36,8 @@ class ByGroup:
         self.running.append(dist.all_reduce(part, async_op=True))
 
     def gather(self, every, mine):
-        """every[rank] = the process's `mine`: every (world_size, n), mine (n). Later work sees it, and sums started."""
-        self.wait()
-        dist.all_gather_into_tensor(every.view(-1), mine)
+        """Start every[rank] = the process's `mine`: every (world_size, n), mine (n)."""
+        self.running.append(dist.all_gather_into_tensor(every.view(-1), mine, async_op=True))
 
     def wait(self):
         """Later work sees what was started."""
@@ -89,7 +88,6 @@ class ByCopies:
             for i in range(len(everyone)):
                 r = (self.rank + i) % len(everyone)
                 every[r].copy_(everyone[r])
-        self.begin()
 
     def wait(self):
         self.begin()

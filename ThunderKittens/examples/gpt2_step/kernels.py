@@ -205,7 +205,7 @@ def norm_backward(dh, saved, stats, weight, dx, seed, p, dweight, dbias, residua
         dbias.zero_()[0] = dh.to(stats.dtype).sum(0)
     through = rstd * (dnormed - dnormed.mean(1, keepdim=True) - normed * (dnormed * normed).mean(1, keepdim=True))
     dx = through.to(residual) if dx is None else dx.add_(through)
-    return dx, (dx * keep_mask(seed, dx.shape, p) if p else dx).to(dh.dtype)
+    return dx, (dx * keep_mask(seed, dx.shape, p) if p else dx).to(dh.dtype, copy=True)
 
 
 # ---- GELU --------------------------------------------------------------------------------------------------------
