@@ -379,7 +379,7 @@ class TrainStep:
             return
         mine, rows, ids, small = self._rows(x.numel(), wte)
         rows.zero_()
-        embed_backward(ids=kernels.number_tokens(x, ids), dwte=rows)
+        embed_backward(ids=kernels.number_tokens(x, ids, self.head_rows), dwte=rows)
         small.copy_(self.grads[:wte])
         every = mine.new_empty(self.world_size, len(mine))
         yield every, mine
@@ -402,7 +402,7 @@ class TrainStep:
         return self.rows[n], *self._split(self.rows[n], n)
 
     def _split(self, flat, n):
-        """Gradients of a batch's different tokens (n, C), the tokens (n), and the gradients before the embedding's."""
+        """Gradients of a batch's different tokens (n, C), these (n) or -1, the gradients before the embedding's."""
         rows, ids, small = flat.split([n * self.config.n_embd, n, len(flat) - n * (self.config.n_embd + 1)])
         return rows.view(n, -1), ids.view(torch.int32 if flat.itemsize == 4 else torch.int64), small
 

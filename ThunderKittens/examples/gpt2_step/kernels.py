@@ -115,17 +115,16 @@ def embed_backward(dx, ids, seed, p, dwte, dwpe, add):
         dwpe[T:] = 0
 
 
-def number_tokens(ids, different):
+def number_tokens(ids, different, vocab_size):
     """
-    ids (B, T) int64 -> (B, T) int64: the number that each has among the batch's different tokens, which are left in
-    `different` (B T), an integer type; -1 fills the rest.
+    ids (B, T) int64 -> (B, T) int64: for each a place where its token stands, the same for equal ones. `different`
+    (B T), an integer type, gets the token at these places; -1 fills the rest.
     """
-    tokens, order = ids.view(-1).sort()
-    begins = torch.ones_like(tokens)
-    begins[1:] = tokens[1:] != tokens[:-1]
-    number = begins.cumsum(0) - 1
+    tokens = ids.view(-1)
+    places = torch.arange(len(tokens), device=ids.device)
+    number = places.new_empty(vocab_size).scatter_(0, tokens, places)[tokens] # one of its places, whichever wins
     different.fill_(-1).scatter_(0, number, tokens.to(different.dtype)) # equal ones write the same
-    return torch.empty_like(tokens).scatter_(0, order, number).view(ids.shape)
+    return number.view(ids.shape)
 
 
 def add_rows(wte, ids, rows):
