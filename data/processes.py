@@ -67,8 +67,11 @@ def begun_before(out_dir, run_id, store, rank, world_size):
 def leave_group(status):
     """
     End this process of a group, at once: a thread of the group's that asked for the interpreter while it shuts down
-    would abort the process, and the run would count as failed.
+    would abort the process, and the run would count as failed. Its GPU ends what it has to do first, for which other
+    processes' GPUs may wait, or read its memory.
     """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -115,6 +115,14 @@ def tiny(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def double():
+    import torch
+    torch.set_default_dtype(torch.float64)
+    yield torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope='session')
 def gpt2_tokens():
     """Skips where GPT-2's tokenizer is neither on this machine's disk nor to be had."""

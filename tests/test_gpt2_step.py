@@ -20,13 +20,6 @@ SHAPES = [dict(bias=False, gelu='none', vocab_size=65), dict(bias=True, gelu='ta
           dict(bias=True, gelu='none', vocab_size=128)]
 
 
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield torch.float64
-    torch.set_default_dtype(torch.float32)
-
-
 def adamw(model, kind=torch.optim.AdamW):
     return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', kind)
 
@@ -239,6 +232,7 @@ def test_copies_between_processes_give_all_of_them_the_same_sum_and_the_others_r
         if device == 'cuda':
             torch.cuda.current_stream().synchronize()
         meeting.wait()
+        time.sleep(random.random() / 200)
 
     def process(rank):
         def share(size, dtype, device):
@@ -381,9 +375,9 @@ def test_the_norm_kernels_are_their_definitions(M, C, p, bias, cuda):
 @pytest.mark.parametrize('B, T', [(1, 1), (3, 37), (12, 1024)])
 def test_tokens_are_numbered_and_their_rows_added_as_by_the_definition(B, T, cuda):
     ids = torch.randint(50257, (B, T)) ** 2 // 50257 # small ones come often
-    want, got = torch.empty(B * T, dtype=torch.int32), torch.empty(B * T, dtype=torch.int32, device=cuda)
-    numbers = kernels.number_tokens(ids, want)
-    assert torch.equal(kernels.number_tokens(ids.to(cuda), got).cpu(), numbers) and torch.equal(got.cpu(), want)
+    got = torch.empty(B * T, dtype=torch.int32, device=cuda)
+    numbers, want = kernels.number_tokens(ids.to(cuda), got, 50304).cpu(), got.cpu()
+    assert torch.equal(want[numbers], ids.int()) and (want >= 0).sum() == len(ids.unique())
     wte, rows = torch.randn(50304, 40), torch.randn(B * T, 40)
     on_card = wte.to(cuda)
     kernels.add_rows(on_card, got, rows.to(cuda))

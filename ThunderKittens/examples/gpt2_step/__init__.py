@@ -166,7 +166,7 @@ class TrainStep:
         x, y     (B, T) int64, as for model.forward
         share    of its loss in the step's
         first    set the gradients, else add to them
-        last     sum the gradients over all processes, while the rest of the backward runs
+        last     sum the gradients over all processes, while the rest of the backward runs; all with the same B and T
         returns  its mean loss, 0-d, unscaled; good until the next call
         """
         several = last and self.world_size > 1
