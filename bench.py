@@ -125,14 +125,14 @@ def first_difference(x, y):
     torch.set_float32_matmul_precision('highest')
     exact = outcome(make_model(False), x, y, context=nullcontext())
     torch.set_float32_matmul_precision('high')
-    plain, ours = outcome(make_model(False), x, y), outcome(make_model(TK_kernel), x, y, fast)
+    reference, ours = outcome(make_model(False), x, y), outcome(make_model(TK_kernel), x, y, fast)
     worst, line = 1.0, ''
     for name, want in exact.items():
         if name == 'output' and fast:
             continue
         if ours.get(name) is None:
             return f"{name}: the kernel gives none"
-        off, allowed = (((got[name] - want).norm() / want.norm()).item() for got in (ours, plain))
+        off, allowed = (((got[name] - want).norm() / want.norm()).item() for got in (ours, reference))
         allowed = 1.5 * allowed + 0.002
         said = f"{name}: off by {off:.4f} of its norm, allowed {allowed:.4f}"
         if math.isnan(off):

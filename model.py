@@ -480,7 +480,7 @@ def row_seeds(seed, rows, device):
 def scramble(x):
     """int64 -> int64 whose every bit depends on every bit: splitmix64's finaliser, https://prng.di.unimi.it"""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        x = (x ^ x >> shift & (1 << 64 - shift) - 1) * factor # >> keeps the sign: mask what it brings in
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor # >> keeps the sign: mask what it brings in
     return x
 
 

@@ -171,8 +171,8 @@ say(f"tokens per step: {gradient_accumulation_steps * batch_size * block_size:,}
 def to_device(x, y):
     """A batch (B, T) on the device; on CUDA the copy runs beside the computation."""
     if device_type == 'cuda':
-        return (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-    return x.to(device), y.to(device)
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def draw(split):
@@ -425,7 +425,8 @@ while True:
         is_best = losses['val'] < best_val_loss
         best_val_loss, evaluated = min(losses['val'], best_val_loss), True
         if step > first_step:
-            save_checkpoint(*(['ckpt.pt'] if is_best or always_save_checkpoint else []), *(['best.pt'] * is_best))
+            names = ['ckpt.pt', 'best.pt'] if is_best else ['ckpt.pt'] if always_save_checkpoint else []
+            save_checkpoint(*names)
         if master:
             run_log.draw()
         timed_from, timed_step = time.perf_counter(), step
@@ -450,11 +451,10 @@ while True:
                 model.require_backward_grad_sync = last
             with autocast:
                 loss = model(x, y)[1]
-        next_places = places(step + 1, rank) if last else places(step, my_micro_steps[i + 1])
-        x, y = train_batch(next_places)
-        if not fast:
             scaler.scale(loss * share * world_size).backward()
             total += loss.detach()
+        next_places = places(step + 1, rank) if last else places(step, my_micro_steps[i + 1])
+        x, y = train_batch(next_places)
     bad = fast_step.update() if fast else update(total)
     bad_in_a_row.add_(1).mul_(bad)
     bad_in_all.add_(bad)

@@ -96,6 +96,8 @@ class StopSignal:
     def _ask(self, number, frame):
         if number == signal.SIGINT and self.mine.item() == number:
             os._exit(128 + number)
+        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C once more stops at once\n") # no print in a handler
         self.mine.fill_(number)
 
     def ask_all(self):

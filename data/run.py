@@ -8,8 +8,8 @@ What a run leaves in out_dir, and how it is read again.
     machine.txt     a line for every start: the step, the card, the versions, the commit
     loss.png        the loss curves so far
 
-A run that begins anew in an old one's folder starts log.csv again, and its first checkpoint takes the place of all that
-the old one left.
+A run that begins anew in an old one's folder starts log.csv again, and its first checkpoint takes the place of those
+that the old one left. They move to earlier/ if one of them was a ckpt.pt, in the place of what was there.
 
 A checkpoint is a dict with nanoGPT's model, optimizer, model_args, iter_num, best_val_loss and config; what is
 ours stands beside these keys, and nanoGPT does not look at it. A file is written whole or not at all, checked
@@ -49,12 +49,12 @@ class Checkpoints:
     out_dir    the folder; it exists
     keep_last  how many last-STEP.pt stay
     say        prints a line
-    anew       whether the run began anew: then what an earlier run left here goes once the first checkpoint is written
+    anew       whether the run began anew: then its first checkpoint takes the place of what an earlier run left here
     """
 
     def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
-        self.others = _checkpoints_in(self.out_dir) if anew else []
+        self.others = [path for path in _checkpoints_in(self.out_dir) if anew and path.exists()]
         self.said_no_room = False
         on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
         self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
@@ -80,6 +80,7 @@ class Checkpoints:
     def _write(self, checkpoint, arrived, names):
         last = self.out_dir / f"last-{checkpoint['iter_num']:08d}.pt"
         try:
+            self._set_aside()
             _replace(last, lambda part: _torch_save(_to_host(checkpoint, arrived, self.pinned), part))
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
@@ -87,6 +88,17 @@ class Checkpoints:
         except (OSError, RuntimeError) as e: # torch.save turns a full disk into a RuntimeError
             reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             self.say(f"warning: no checkpoint at step {checkpoint['iter_num']} ({reason}); the earlier ones are whole")
+
+    def _set_aside(self):
+        """A second name in earlier/ for a model that an earlier run left here, while none has been taken yet."""
+        if any(path.name == 'ckpt.pt' for path in self.others):
+            folder = self.out_dir / 'earlier'
+            folder.mkdir(exist_ok=True)
+            for path in self.others:
+                _replace(folder / path.name, lambda part, path=path: _link(path, part))
+            for path in {*_checkpoints_in(folder)} - {folder / path.name for path in self.others}:
+                path.unlink(missing_ok=True)
+            self.say(f"the checkpoints of an earlier run here are in {folder} now")
 
     def _forget_all_but(self, last, names):
         """Unlink the oldest, and what would be taken for newer than `last` but is another run's or was passed over."""

@@ -80,6 +80,9 @@ def make_train(command, shell, script):
     first, again = shell(small), shell(small)
     assert 'val loss over all of val.bin: ' in first.out and 'holds a trained model' in again.out
     assert 'iter 0: ' not in again.out and first.out.count('---------------') == 1
+    shell('mv out-shakespeare-char/trained out-shakespeare-char/begun') # as an interrupted one leaves it
+    went_on = shell(small)
+    assert 'resuming from step 2' in went_on.out and shell('ls out-shakespeare-char/trained').status == 0
     shell('rm -r out-shakespeare-char data/shakespeare_char/*.bin data/shakespeare_char/prepared.json')
     return again
 

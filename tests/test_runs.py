@@ -227,6 +227,19 @@ def test_the_first_checkpoint_of_a_new_run_takes_the_place_of_an_old_runs(left, 
     new.save({'iter_num': 5}, [])
     new.wait()
     assert newest_checkpoint(tmp_path, print)['iter_num'] == 5
+    assert bool(left) == (tmp_path / 'earlier').exists() # a model that was sampled from yesterday is not lost
+    if left:
+        assert newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 100
+        assert torch.load(tmp_path / 'earlier' / 'ckpt.pt')['iter_num'] == 100
+    another = Checkpoints(tmp_path, 2, print, anew=True) # after a run that left no ckpt.pt
+    another.save({'iter_num': 7}, ['ckpt.pt'])
+    another.wait()
+    assert not left or newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 100
+    final = Checkpoints(tmp_path, 2, print, anew=True)
+    final.save({'iter_num': 3}, ['ckpt.pt'])
+    final.wait()
+    assert newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 7
+    assert newest_checkpoint(tmp_path, pytest.fail)['iter_num'] == 3
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_costs_no_later_one(tmp_path):
@@ -245,6 +258,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(number, tiny):
     run.send_signal(number)
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 128 + number, out
+    assert ('Ctrl-C once more stops at once' in out) == (number == signal.SIGINT)
     said = f"stopped by {number.name} after step "
     step = int(out.split(said)[1].split(';')[0])
     assert newest_checkpoint('out', print)['iter_num'] == step

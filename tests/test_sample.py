@@ -177,10 +177,11 @@ def test_several_prompts_of_unequal_length_are_continued_in_one_batch(speaker, r
     assert found == [greedy(speaker.model, text, 30) for text in ('abc', 'no', 'gabed.: ga')]
 
 
-def test_a_sample_ends_before_the_stop(speaker, run_here):
-    whole, = texts(run_here('sample.py', *CPU, '--start=abc', '--temperature=0'))
-    stop = whole[12:14]
-    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--temperature=0', f'--stop={stop}'))
+@pytest.mark.parametrize('begins', [0, 7, 14, 15]) # the text is looked at after 1, 8 and 16 tokens
+def test_a_sample_ends_before_the_stop_and_shows_no_part_of_it(begins, speaker, run_here):
+    whole, = texts(run_here('sample.py', *CPU, '--start=abc', '--seed=3'))
+    stop = whole[3 + begins:3 + begins + 3]
+    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--seed=3', f'--stop={stop}'))
     assert text == whole[:3] + whole[3:].partition(stop)[0]
 
 

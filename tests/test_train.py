@@ -222,9 +222,9 @@ def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tiny, run_here):
     assert same(load()['model'], dict(model.state_dict())) # the learning rate was 0
     before, after = optimizer.state_dict()['state'], load()['optimizer']['state']
     assert before.keys() == after.keys()
-    for i in before: # the averages of three steps, and one step more
-        assert float(after[i]['step']) == 4 and not same(after[i]['exp_avg'], before[i]['exp_avg'])
-        assert (after[i]['exp_avg'] - 0.9 * before[i]['exp_avg']).norm() < before[i]['exp_avg'].norm() + 1
+    assert {float(state['step']) for state in after.values()} == {4.0}
+    gradients = [(after[i]['exp_avg'] - 0.9 * before[i]['exp_avg']) / 0.1 for i in before]
+    assert 0.1 < sum(g.norm() ** 2 for g in gradients) ** 0.5 < 1.001 # of the fourth step, clipped
 
 
 def test_what_a_run_writes_loads_in_nanogpt(tiny, run_here):
