@@ -226,7 +226,7 @@ def make_model():
 try:
     raw_model = make_model()
 except (ValueError, OSError) as e:
-    sys.exit(f"--init_from={init_from}: {e}")
+    sys.exit(str(e) if init_from == 'scratch' else f"--init_from={init_from}: {e}")
 data = {split: Tokens(Path('data', dataset), split, block_size, raw_model.config.vocab_size)
         for split in ('train', 'val')}
 raw_model.to(device)
