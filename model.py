@@ -1,10 +1,10 @@
 """
-GPT-2 in one file: the layers, the model, its optimiser, its FLOPs and its sampling.
+GPT-2 in one file: the layers, the model, its optimiser, its FLOPs and how it speaks.
 
 Parameter names, initialisation and mathematics are nanoGPT's, so checkpoints go both ways.
 Letters: B batch, T time, C channels, nh heads, hs head size, V vocabulary.
 The ThunderKittens kernel enters at one line of CausalSelfAttention; everything about it lives in
-ThunderKittens/examples/attn_causal.
+ThunderKittens/examples/attn_causal, and how a token is drawn and text grows in ThunderKittens/examples/decode.
 """
 import inspect
 import math
@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
-from ThunderKittens.examples import decode
 from ThunderKittens.examples.attn_causal import causal_attention_qkv
+from ThunderKittens.examples.decode.sampling import pick, row_seeds
+from ThunderKittens.examples.decode.writer import WHILE_GENERATING, write
 
 
 @dataclass
@@ -369,151 +370,11 @@ class GPT(nn.Module):
         place in it is another one, and as in nanoGPT each new token takes the whole window. On a GPU a token costs the
         host the replay of a CUDA graph, and nothing here waits for the device: reading a token is what waits.
         """
-        if max_new_tokens < 1:
-            return
-        device, block_size, longest = prompts[0].device, self.config.block_size, max(map(len, prompts))
-        T, new = longest, max_new_tokens
-        if decode.can_replay(device): # what is captured serves all prompts of about this length
-            T, new = (-(-n // 64) * 64 for n in (longest, max_new_tokens))
-        key = str((device, len(prompts), T, new, sorted(choice.items()), self.training,
-                   torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
-                   torch.get_float32_matmul_precision(), [block.attn.TK_kernel for block in self.transformer.h],
-                   [p.data_ptr() for p in self.parameters()])) # all that a captured graph depends on
-        writer = self.writers.pop(key, None) # nobody else's while this one writes
-        if writer is None:
-            self.writers.clear() # and with it the memory
-            writer = Writer(self, len(prompts), T, new, choice, device)
-        writer.begin(prompts, seed)
-        try:
-            for n in range(max_new_tokens):
-                way = 'prompt' if n == 0 else 'newest' if longest + n <= block_size else 'window'
-                writer.take[way]()
-                yield writer.text[:, T + n].clone()
-        except GeneratorExit: # enough has been read
-            pass
-        if decode.can_replay(device) and not writer.casts:
-            self.writers[key] = writer
+        yield from write(self, prompts, max_new_tokens, seed, choice)
 
-
-class Writer:
-    """
-    Rows of text that grow by a token each at a time, in tensors that keep their places, so that on a GPU each of the
-    three ways to the next token becomes a CUDA graph: take['prompt'], then take['newest'] or take['window'].
-
-    T    columns for the prompts, which stand at their right end: all rows' newest tokens share a column
-    new  columns after them
-    """
-
-    def __init__(self, model, B, T, new, choice, device):
-        self.model, self.choice, self.device, self.casts = model, choice, device, False
-        self.T, self.block_size = T, model.config.block_size
-        self.text = torch.zeros(B, T + new, dtype=torch.long, device=device)
-        self.counters = torch.zeros(1 + B, dtype=torch.long, device=device)
-        self.newest, self.place = self.counters[:1], self.counters[1:] # the newest token's column; its place in a row
-        self.rows, self.seeds = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-        self.caches = [LayerCache(min(self.block_size, T + new), self.place) for _ in model.transformer.h]
-        self.step = None
-        self.take = {'prompt': self.take_prompt, 'newest': self.take_newest, 'window': self.take_window}
-        if decode.can_replay(device):
-            self.take['prompt'], self.take['window'] = map(decode.replayed, (self.take_prompt, self.take_window))
-            drops = model.training and model.config.dropout > 0 # which the kernels do not
-            if not drops and not decode.why_unavailable(device.type):
-                self.take['newest'] = decode.replayed(self.take_newest_by_kernels)
-
-    def begin(self, prompts, seed):
-        text = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')
-        self.text[:, self.T - text.size(1):self.T] = text
-        self.counters.copy_(torch.tensor([self.T - 1] + [len(prompt) - 1 for prompt in prompts]))
-        self.seeds.copy_(row_seeds(seed, len(prompts), self.device))
-
-    def append(self, logits):
-        """Draw each row's next token: logits (B, V)."""
-        self.counters.add_(1)
-        self.text.index_copy_(1, self.newest, pick(logits, self.seeds, self.place, **self.choice)[:, None])
-
-    def take_window(self, T=None, caches=None):
-        """The last T tokens of each row, all of a shorter one."""
-        T = T or self.block_size
-        first = self.newest - self.place + (self.place + 1 - T).clamp(min=0) # (B) a window's first column
-        places = torch.arange(T, device=self.device)
-        columns = (first[:, None] + places).clamp(max=self.text.size(1) - 1) # (B, T); none sees what follows a row
-        with sdpa_kernel(WHILE_GENERATING):
-            x = self.model.features(self.text.gather(1, columns), places, caches)[self.rows, self.newest - first]
-        self.append(self.model.lm_head(x))
-
-    def take_prompt(self):
-        """The prompts, whose keys and values are kept."""
-        for cache in self.caches:
-            cache.filled = 0
-        self.take_window(min(self.T, self.block_size), self.caches)
-
-    def take_newest(self):
-        """The newest tokens alone, at their own places, looking back at what is kept."""
-        ids, place = self.text.index_select(1, self.newest), self.place[:, None] # (B, 1) each
-        with sdpa_kernel(WHILE_GENERATING):
-            x = self.model.features(ids, place, self.caches)[:, 0] # (B, C)
-        self.append(self.model.lm_head(x))
-
-    def take_newest_by_kernels(self):
-        """The same in few kernels."""
-        if self.step is None:
-            self.step = decode.Step(self.model, [cache.kv for cache in self.caches])
-            self.casts = self.caches[0].kv.dtype != self.model.lm_head.weight.dtype
-        logits = self.step(self.text, self.newest, self.place)
-        choice = {'temperature': 1.0, **self.choice}
-        if choice['temperature'] == 0 or choice.get('top_p') is not None:
-            return self.append(logits)
-        decode.append(logits[:, :choice.get('n_tokens')], self.seeds, self.text, self.newest, self.place,
-                      choice['temperature'], choice.get('top_k'))
-
-
-# Every new token is another length, and cuDNN would plan anew for each.
-WHILE_GENERATING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def row_seeds(seed, rows, device):
-    """(B) int64, a seed for each sample; `seed` None draws one from torch's generator."""
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
-    return scramble(torch.arange(rows, device=device) + scramble(torch.tensor(seed, device=device)))
-
-
-def scramble(x):
-    """int64 -> int64 whose every bit depends on every bit: splitmix64's finaliser, https://prng.di.unimi.it"""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor # >> keeps the sign: mask what it brings in
-    return x
-
-
-def pick(logits, seeds, place, temperature=1.0, top_k=None, top_p=None, n_tokens=None):
-    """
-    One token id a row, drawn by the row's seed, the place in the text and nothing else, whatever the batch.
-
-    logits       (B, V)
-    seeds        (B) int64
-    place        (B) int64 or int
-    temperature  0 takes the likeliest token
-    top_k        draw only among so many likeliest tokens
-    top_p        draw only among the likeliest tokens that together have this probability
-    n_tokens     ids from here on belong to no token (a padded vocabulary) and are never drawn
-    returns      (B) int64
-    """
-    logits = logits[:, :n_tokens].float()
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    if top_p is None and not decode.why_unavailable(logits.device.type):
-        return decode.draw(logits, seeds + place, temperature, top_k) # the same in few kernels
-    logits = logits / temperature
-    if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -float('inf'))
-    if top_p is not None:
-        p, order = F.softmax(logits, dim=-1).sort(dim=-1, descending=True)
-        beyond = p.cumsum(-1) - p >= top_p # the likeliest is always within
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -float('inf'))
-    # the largest of logit + Gumbel noise falls on a token with its probability
-    bits = scramble(scramble(seeds + place)[:, None] + torch.arange(logits.size(-1), device=logits.device))
-    uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23 # (B, V), above 0 and below 1
-    return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)
+    def new_caches(self, room, lengths):
+        """A LayerCache for each layer."""
+        return [LayerCache(room, lengths) for _ in self.transformer.h]
 
 
 # OpenAI's Conv1D, and so transformers' GPT-2, keeps these as (in, out), a Linear as (out, in).

@@ -206,7 +206,7 @@ def attend(qkv, keys, values, places, out, lse, room, scale_log2, HEADS: tl.cons
 
 @triton.jit
 def scramble(x):
-    """As model.scramble."""
+    """As sampling.scramble."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
