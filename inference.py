@@ -46,7 +46,7 @@ batches = '1 4 16 64' # of bench: batch sizes
 prompts = '1 512' # of bench: tokens to start from
 repeats = 5 # of bench: timed runs, whose median counts
 out_dir = '.' # where generation.json and generation.png go
-readme = False # bench also writes README.md's table
+readme = False # bench also writes README.md's table and picture
 commit = '' # what the table says where git does not
 device = 'auto' # cpu, cuda, cuda:1, mps, ...
 dtype = 'auto' # float32, bfloat16 or float16
@@ -248,9 +248,11 @@ def report(found):
         f"token, the model on the disk: {found['cold_start_s']:.1f} s.")
     print(text)
     Path(out_dir, 'generation.json').write_text(json.dumps({'where': where, **found}, indent=1) + '\n')
-    picture([row for row in found['speeds'] if PLAIN in row], Path(out_dir, 'generation.png'))
+    beside = 'ThunderKittens/examples/decode/generation.png'
+    drawn = HERE / beside if readme else Path(out_dir, 'generation.png')
+    picture([row for row in found['speeds'] if PLAIN in row], drawn)
     if readme:
-        write_section(HERE / 'README.md', 'generation', text)
+        write_section(HERE / 'README.md', 'generation', f'{text}\n\n![tokens/s over the batch size]({beside})')
     print(json.dumps(found))
 
 

@@ -141,10 +141,11 @@ def save(found, out, readme):
     rows = [row for shape in SHAPES for row in found.get(shape, [])]
     text = table(rows)
     (out / 'gpt2_step.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
+    drawn = (HERE if readme else out) / 'gpt2_step.png'
     if rows[0]['size'] == '124M':
-        picture(rows, out / 'gpt2_step.png')
+        picture(rows, drawn)
     if readme:
-        write_section(ROOT / 'README.md', 'step', text)
+        write_section(ROOT / 'README.md', 'step', f"{text}\n\n![where a step's time goes]({drawn.relative_to(ROOT)})")
     return text
 
 
@@ -152,7 +153,7 @@ def main():
     parser = argparse.ArgumentParser(description='the training step beside plain nanoGPT')
     parser.add_argument('--sizes', default='124M')
     parser.add_argument('--out', default=str(HERE))
-    parser.add_argument('--readme', action='store_true', help='write the table into README.md')
+    parser.add_argument('--readme', action='store_true', help='write the table and the picture into README.md')
     parser.add_argument('--commit', default='', help='of the tree, where git is not at hand')
     options = parser.parse_args()
     make_folder(options.out)
