@@ -351,15 +351,18 @@ class GPT(nn.Module):
             idx = torch.cat((idx, next_id[:, None]), dim=1)
         return idx
 
-    def generate(self, idx, max_new_tokens, **choice):
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, seed=None, **choice):
         """
         Continue idx by max_new_tokens tokens, each drawn from the model's distribution given the last block_size.
 
         idx       (B, T) int64, T at least 1
-        choice    temperature, top_k, top_p, n_tokens as in pick(); seed, an int: the same text again
+        seed      an int: the same text again
+        choice    temperature, top_k, top_p, n_tokens as in pick()
         returns   (B, T + max_new_tokens), token for token what generate_plain returns
         """
-        return torch.cat([idx, *(ids[:, None] for ids in self.stream(list(idx), max_new_tokens, **choice))], dim=1)
+        new = write(self, list(idx), max_new_tokens, seed, choice)
+        return torch.cat([idx, *(ids[:, None] for ids in new)], dim=1)
 
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, seed=None, **choice):
@@ -370,7 +373,8 @@ class GPT(nn.Module):
         place in it is another one, and as in nanoGPT each new token takes the whole window. On a GPU a token costs the
         host the replay of a CUDA graph, and nothing here waits for the device: reading a token is what waits.
         """
-        yield from write(self, prompts, max_new_tokens, seed, choice)
+        for ids in write(self, prompts, max_new_tokens, seed, choice):
+            yield ids.clone()
 
     def new_caches(self, room, lengths):
         """A LayerCache for each layer."""

@@ -13,7 +13,7 @@ WHILE_GENERATING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, 
 
 
 def write(model, prompts, max_new_tokens, seed, choice):
-    """GPT.stream of a model, with pick()'s settings in the dict `choice`."""
+    """GPT.stream of a model, with pick()'s settings in the dict `choice`; its tokens may change at the next call."""
     if max_new_tokens < 1:
         return
     device, block_size, longest = prompts[0].device, model.config.block_size, max(map(len, prompts))
@@ -33,7 +33,7 @@ def write(model, prompts, max_new_tokens, seed, choice):
         for n in range(max_new_tokens):
             way = 'prompt' if n == 0 else 'newest' if longest + n <= block_size else 'window'
             writer.take[way]()
-            yield writer.text[:, T + n].clone()
+            yield writer.text[:, T + n]
     except GeneratorExit: # enough has been read
         pass
     if decode.can_replay(device) and not writer.casts:
