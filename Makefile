@@ -16,8 +16,8 @@ train: $(RUN_READY)
 	$(PY) data/shakespeare_char/prepare.py
 	@out=$$($(PY) -c "import runpy; print(runpy.run_path('$(CONFIG)')['out_dir'])") && \
 	if [ -f $$out/trained ] && [ -f $$out/ckpt.pt ]; then echo "$$out holds a trained model; rm -r $$out trains it again"; \
-	else mkdir -p $$out && { [ -f $$out/begun ] && ls $$out/last-*.pt > /dev/null 2>&1 && more=--init_from=resume; \
-	touch $$out/begun; $(PY) train.py $(CONFIG) $$more && mv $$out/begun $$out/trained; }; fi && \
+	else mkdir -p $$out && { if [ -f $$out/begun ] && [ -n "$$(find $$out -name 'last-*.pt' -newer $$out/begun)" ]; \
+	then more=--init_from=resume; else touch $$out/begun; fi; $(PY) train.py $(CONFIG) $$more && mv $$out/begun $$out/trained; }; fi && \
 	$(PY) sample.py --out_dir=$$out --num_samples=1
 
 test: $(DEV_READY)

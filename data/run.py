@@ -55,7 +55,7 @@ class Checkpoints:
     def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
         self.others = [path for path in _checkpoints_in(self.out_dir) if anew and path.exists()]
-        self.said_no_room = False
+        self.set_aside, self.said_no_room = False, False
         on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
         self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
         for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
@@ -91,13 +91,14 @@ class Checkpoints:
 
     def _set_aside(self):
         """A second name in earlier/ for a model that an earlier run left here, while none has been taken yet."""
-        if any(path.name == 'ckpt.pt' for path in self.others):
+        if not self.set_aside and any(path.name == 'ckpt.pt' for path in self.others):
             folder = self.out_dir / 'earlier'
             folder.mkdir(exist_ok=True)
             for path in self.others:
                 _replace(folder / path.name, lambda part, path=path: _link(path, part))
             for path in {*_checkpoints_in(folder)} - {folder / path.name for path in self.others}:
                 path.unlink(missing_ok=True)
+            self.set_aside = True # once: a save that fails half-way leaves names that are this run's already
             self.say(f"the checkpoints of an earlier run here are in {folder} now")
 
     def _forget_all_but(self, last, names):

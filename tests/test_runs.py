@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY
 
+import data.run
 from data.processes import begun_before, launcher
 from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint, read_checkpoint
 
@@ -240,6 +241,27 @@ def test_the_first_checkpoint_of_a_new_run_takes_the_place_of_an_old_runs(left, 
     final.wait()
     assert newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 7
     assert newest_checkpoint(tmp_path, pytest.fail)['iter_num'] == 3
+
+
+def test_a_save_that_fails_half_way_does_not_cost_the_earlier_run(tmp_path, monkeypatch):
+    old = Checkpoints(tmp_path, 2, print, anew=True)
+    old.save({'iter_num': 100}, ['ckpt.pt'])
+    old.wait()
+    new, said, link = Checkpoints(tmp_path, 2, lambda line: said.append(line), anew=True), [], data.run._link
+
+    def no_best(source, path):
+        if path.name == 'best.pt.part':
+            raise OSError(28, 'No space left on device')
+        link(source, path)
+    monkeypatch.setattr(data.run, '_link', no_best)
+    new.save({'iter_num': 5}, ['ckpt.pt', 'best.pt'])
+    new.wait()
+    assert any('No space left' in line for line in said)
+    monkeypatch.setattr(data.run, '_link', link)
+    new.save({'iter_num': 7}, ['ckpt.pt', 'best.pt'])
+    new.wait()
+    assert torch.load(tmp_path / 'earlier' / 'ckpt.pt')['iter_num'] == 100
+    assert newest_checkpoint(tmp_path, pytest.fail)['iter_num'] == 7
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_costs_no_later_one(tmp_path):
