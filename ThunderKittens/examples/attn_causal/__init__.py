@@ -90,7 +90,10 @@ def _check_dropout(dropout, seed, x):
 
 
 def _needs_gradient(*tensors):
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    for x in tensors: # any() takes the host three times as long
+        if x.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def _check_no_gradient(*tensors):
@@ -101,7 +104,7 @@ def _check_no_gradient(*tensors):
 def _queue(kernel, device, seed, dropout, *arguments):
     """Run a function of the module on the device's current stream; `arguments` are its own but for the stream."""
     index, address = device.index, seed.data_ptr() if dropout else 0
-    if index == torch.cuda.current_device():
+    if index == torch._C._cuda_getDevice(): # CUDA has begun, there is a tensor
         kernel(*arguments, torch._C._cuda_getCurrentRawStream(index), dropout, address)
     else:
         with torch.cuda.device(index):
@@ -130,7 +133,7 @@ def _infer(q, k, v):
 
 def _attend(q, k, v, lse, seed, dropout):
     B, H, T, D = q.shape
-    out = q.new_empty((B, T, H, D))
+    out = q.new_empty(B, T, H, D)
     if out.numel():
         _forward((q.data_ptr(), k.data_ptr(), v.data_ptr()), out, lse, (B, H, T, D),
                  (q.stride()[:3], k.stride()[:3], v.stride()[:3], (T * H * D, D, H * D)), seed, dropout)
@@ -164,7 +167,7 @@ def _attend_packed(qkv, n_head, lse, seed, dropout):
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
-    out = qkv.new_empty((B, T, C))
+    out = qkv.new_empty(B, T, C)
     if out.numel():
         address, packed = qkv.data_ptr(), (qkv.stride(0), D, qkv.stride(1))
         _forward((address, address + 2 * C, address + 4 * C), out, lse, (B, n_head, T, D),
