@@ -370,7 +370,8 @@ def test_a_graph_that_is_garbage_does_not_break_a_capture():
 SOME_LOGITS = {
     'normal': lambda x: x, 'near equal ones': lambda x: x.round(), 'of bfloat16': lambda x: x.bfloat16().float(),
     'mostly impossible': lambda x: x.masked_fill(torch.arange(x.size(1), device=x.device) > 60, -float('inf')),
-    'one far off': lambda x: x.index_fill(1, torch.tensor([7], device=x.device), 1e30)}
+    'one far off': lambda x: x.index_fill(1, torch.tensor([7], device=x.device), 1e30),
+    'three of the largest in a lane': lambda x: x + 20 * (torch.arange(x.size(1), device=x.device) % 8192 < 60)}
 
 
 @pytest.mark.gpu

@@ -262,18 +262,19 @@ def kth_largest(logits, stride, kth, V, TOP_K, log_k, BLOCK: tl.constexpr, PDL: 
     """
     A number that exactly the TOP_K largest of a row reach, or, of equal ones, more.        a program: one row
 
-    A row is more than the registers hold, so it is searched in two steps: first among the two largest of every
-    BLOCK-th number, then, if that is not yet it, in L1. A turn counts how many reach a number between one that too many
-    reach and one that too few do.
+    A turn counts how many reach a number between one that too many reach and one that too few do. A row is more than
+    the registers hold, so it is searched among the two largest of every BLOCK-th number, and seldom, where a third one
+    is among those looked for, once more in L1.
     """
     row, v = logits + tl.program_id(0).to(tl.int64) * stride, tl.arange(0, BLOCK)
     first, second = tl.full((BLOCK,), -float('inf'), tl.float32), tl.full((BLOCK,), -float('inf'), tl.float32)
-    smallest = tl.full((BLOCK,), float('inf'), tl.float32)
+    third = second
     wait(PDL)
-    for start in range(0, V, BLOCK):
-        x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
+    following = tl.load(row + v, mask=v < V, other=-float('inf')).to(tl.float32)
+    for start in range(BLOCK, V + BLOCK, BLOCK):
+        x, following = following, tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
+        third = tl.maximum(third, tl.minimum(second, x))
         second, first = tl.maximum(second, tl.minimum(first, x)), tl.maximum(first, x)
-        smallest = tl.minimum(smallest, tl.where(x > -float('inf'), x, float('inf')))
     above = sort_key(tl.max(first, 0)).to(tl.int64) + 1
     low, high = sort_key(tl.min(tl.where(first > -float('inf'), first, float('inf')), 0)).to(tl.int64), above
     reach_low, turn, stayed = how_many(first, second, of_sort_key(low)), 0, 0
@@ -285,29 +286,34 @@ def kth_largest(logits, stride, kth, V, TOP_K, log_k, BLOCK: tl.constexpr, PDL: 
                                                              TOP_K, log_k)
         turn += 1
 
-    if reach_low < TOP_K: # the two largest are too few
-        low, high = sort_key(tl.min(smallest, 0)).to(tl.int64), above
-    lower, upper = of_sort_key(low), of_sort_key(high)
-    at_low, at_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
-        at_low += (x >= lower).to(tl.float32)
-        at_high += (x >= upper).to(tl.float32)
-    reach_low, reach_high, turn, stayed = tl.sum(at_low, 0), tl.sum(at_high, 0), 0, 0
-    if reach_high >= TOP_K:
-        low, reach_low, high, reach_high = high, reach_high, above, 0.0
-    more, fewer = tl.log2(tl.maximum(reach_low, 0.5)) - log_k, tl.log2(tl.maximum(reach_high, 0.5)) - log_k
-    if reach_low < TOP_K:
-        low = low * 0 - 2139095041 # -inf's key: all reach it
-    while (high - low > 1) & (reach_low > TOP_K):
-        middle = between(low, high, more, fewer, turn)
-        number, at_middle = of_sort_key(middle), tl.zeros((BLOCK,), tl.float32)
+    if (reach_low < TOP_K) | (tl.max(third, 0) >= of_sort_key(low)): # some are not among the two largest
+        if reach_low < TOP_K:
+            smallest = tl.full((BLOCK,), float('inf'), tl.float32)
+            for start in range(0, V, BLOCK):
+                x = tl.load(row + start + v, mask=start + v < V, other=float('inf')).to(tl.float32)
+                smallest = tl.minimum(smallest, tl.where(x > -float('inf'), x, float('inf')))
+            low, high = sort_key(tl.min(smallest, 0)).to(tl.int64), above
+        lower, upper = of_sort_key(low), of_sort_key(high)
+        at_low, at_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
-            at_middle += (x >= number).to(tl.float32)
-        low, reach_low, high, more, fewer, stayed = narrowed(low, reach_low, high, more, fewer, stayed, middle,
-                                                             tl.sum(at_middle, 0), TOP_K, log_k)
-        turn += 1
+            at_low += (x >= lower).to(tl.float32)
+            at_high += (x >= upper).to(tl.float32)
+        reach_low, reach_high, turn, stayed = tl.sum(at_low, 0), tl.sum(at_high, 0), 0, 0
+        if reach_high >= TOP_K:
+            low, reach_low, high, reach_high = high, reach_high, above, 0.0
+        more, fewer = tl.log2(tl.maximum(reach_low, 0.5)) - log_k, tl.log2(tl.maximum(reach_high, 0.5)) - log_k
+        if reach_low < TOP_K:
+            low = low * 0 - 2139095041 # -inf's key: all reach it
+        while (high - low > 1) & (reach_low > TOP_K):
+            middle = between(low, high, more, fewer, turn)
+            number, at_middle = of_sort_key(middle), tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, V, BLOCK):
+                x = tl.load(row + start + v, mask=start + v < V, other=-float('inf')).to(tl.float32)
+                at_middle += (x >= number).to(tl.float32)
+            low, reach_low, high, more, fewer, stayed = narrowed(low, reach_low, high, more, fewer, stayed, middle,
+                                                                 tl.sum(at_middle, 0), TOP_K, log_k)
+            turn += 1
     tl.store(kth + tl.program_id(0), of_sort_key(low))
 
 

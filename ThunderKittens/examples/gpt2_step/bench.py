@@ -25,7 +25,7 @@ ROOT = HERE.parents[2]
 SIZES = {'124M': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600)}
 SHAPES = [('124M', 16, 1024), ('124M', 12, 1024), ('124M', 64, 1024), ('124M', 4, 4096), # batch, block
           ('medium',), ('large',), ('xl',)] # at the largest batches that fit
-FIRST_TRY = {'medium': (60, 96), 'large': (32, 48), 'xl': (16, 20)} # batches at block 1024: plain's and ours
+FIRST_TRY = {'medium': (60, 132), 'large': (32, 64), 'xl': (16, 28)} # batches at block 1024: plain's and ours
 WAYS = {'plain': ['--plain=True'], 'fast': [], 'fast, bfloat16 residual': ['--residual=bfloat16']}
 
 
