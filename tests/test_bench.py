@@ -43,6 +43,15 @@ def test_a_small_run_on_a_cpu_ends_with_one_json_line(tiny):
     assert "no MFU: the peak of this device is not known" in ran.out
 
 
+def test_the_parts_of_a_step_are_kernels_by_kind_and_when_none_ran(tiny, run_here):
+    breakdown = run_here('bench.py', *SMALL).names['breakdown']
+    kernels = [('nvjet_tst', 100, 160), ('attn::causal_dq', 40, 90), # 10 us before the first
+               ('_adamw', 260, 290), ('nvjet_tss', 20, 40), # 60 us before AdamW
+               ('a copy', 50, 56), ('_norm', 150, 200)] # beside others
+    assert breakdown(kernels, 2) == {'matmuls': 0.04, 'attention': 0.025, 'LayerNorm, residual': 0.025,
+                                     'AdamW, clipping': 0.015, 'other': 0.003, 'idle': 0.035}
+
+
 def test_the_defaults_are_those_of_the_original(run_here):
     ran = run_here('bench.py', '--help')
     for setting in ("--dataset='shakespeare_char'", '--batch_size=4 ', '--block_size=4096 ', "--TK_kernel='auto'"):
@@ -311,3 +320,5 @@ def test_a_small_run_on_a_gpu_gives_mfu_and_memory(flags, tiny):
     found = last_line(ran)
     assert 0 <= found['mfu_causal'] <= found['mfu'] < 1 and found['peak_gib'] > 0
     assert ('kernel ok' in ran.out) == found['TK_kernel'] and found['plain'] == bool(flags)
+    parts = found['parts_ms']
+    assert min(parts.values()) >= 0 and {'matmuls', 'attention', 'AdamW, clipping', 'idle'} <= parts.keys()
