@@ -14,6 +14,7 @@ from ThunderKittens.examples.attn_causal import h100_fwd_setup as setup
 
 HERE = Path(__file__).resolve().parent
 KITTENS = HERE.parent / 'ThunderKittens'
+INLINE_PTX = re.compile(r'\b(asm|__asm__)\b(?!\s*(volatile\s*)?\(\s*""\s*:)') # an empty one only tells the compiler something
 
 
 def compile_library(nvcc, source, target):
@@ -79,6 +80,13 @@ def test_every_verb_compiles_without_a_spill_or_a_serialised_wgmma(compiled):
         assert not setup.SERIALISED.search(said), f"{name}: {said}"
         spills = [int(n) for pair in setup.SPILL.findall(said) for n in pair]
         assert spills and not any(spills), f"{name}: {said}"
+
+
+def test_inline_ptx_stands_in_one_folder():
+    sources = [path for path in KITTENS.rglob('*') if path.suffix in ('.cu', '.cuh', '.cpp')]
+    with_ptx = [path for path in sources if INLINE_PTX.search(re.sub('//.*', '', path.read_text(encoding='utf-8')))]
+    assert {path.name for path in with_ptx if path.parent != KITTENS / 'include' / 'arch'} == set()
+    assert with_ptx, "nothing found where the instructions are"
 
 
 @pytest.mark.gpu

@@ -212,15 +212,6 @@ KITTENS_DEVICE void accumulate(output<D>& o, const probabilities& p, const v_til
         wgmma::rs<1>(o.data, p.data[k], wgmma::advance(first, k * 2048, D == 64 ? -k * 2048 : 0), 1);
 }
 
-// ptxas moves a wait for wgmma up above arithmetic that does not need it, and then nothing overlaps. A branch that it
-// can not turn into predicates ends the basic block; what is before stays before. Taken once in a jump, and then short.
-KITTENS_DEVICE void wall(bool taken) {
-    if (taken)
-        asm volatile("{\n.reg .u32 c;\n.reg .pred p;\nAGAIN:\nmov.u32 c, %clock;\nsetp.eq.u32 p, c, 0;\n"
-                     "@p bra AGAIN;\n}" ::
-                         : "memory");
-}
-
 // ---- consumer: one warpgroup -------------------------------------------------------------------------------------
 
 template <int D, bool drop>

@@ -128,6 +128,15 @@ KITTENS_DEVICE int thread_here() {
     return t;
 }
 
+// ptxas moves a wait for wgmma up above arithmetic that does not need it, and nothing overlaps. A branch that it cannot
+// turn into predicates ends the basic block: what is before stays before. For what is seldom `taken`, and then short.
+KITTENS_DEVICE void wall(bool taken) {
+    if (taken)
+        asm volatile("{\n.reg .u32 c;\n.reg .pred p;\nAGAIN:\nmov.u32 c, %clock;\nsetp.eq.u32 p, c, 0;\n"
+                     "@p bra AGAIN;\n}" ::
+                         : "memory");
+}
+
 // true in one lane of the warp, always the same one: who issues TMA and arrives for the warp
 KITTENS_DEVICE bool elected_lane() { return (threadIdx.x & 31) == 0; }
 // x, which is the same in all lanes of a full warp: the shuffle tells the compiler, which then keeps it out of the
