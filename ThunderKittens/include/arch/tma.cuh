@@ -1,5 +1,5 @@
-// The copy engine: tiles by tensor map, plain runs of bytes, both ways, and adding instead of storing.
-// Every function here is for one thread. [cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk]
+// The copy engine: tiles by tensor map, both ways, and runs of floats that are added.
+// Every function here is for one thread. [cp.async.bulk.tensor, cp.reduce.async.bulk]
 //
 // Coordinates are in elements, innermost first. What a box would read outside the tensor arrives as 0 (and counts as
 // arrived bytes); what it would write past the end is dropped. So a tail needs no code. A load may begin at a negative
@@ -19,9 +19,6 @@ namespace tma {
 constexpr uint64_t KEEP = 0x14F0000000000000ull; // L2::evict_last
 constexpr uint64_t PASS = 0x12F0000000000000ull; // L2::evict_first
 
-KITTENS_DEVICE void prefetch(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 // box at (c0, c1, c2, c3) -> shared memory; `bar` is told of the bytes
 KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, int c0, int c1, int c2, int c3,
                          uint64_t policy) {
@@ -34,12 +31,6 @@ KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, i
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
                  "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
                  "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
-}
-KITTENS_DEVICE void load(uint32_t dst, const CUtensorMap& map, semaphore& bar, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-                 "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
-                 "l"(&map), "r"(bar.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                  : "memory");
 }
 // the same box into the same place of every block of the cluster whose bit is set in `blocks`; each one's semaphore at
@@ -55,11 +46,6 @@ KITTENS_DEVICE void load_multicast(uint32_t dst, const CUtensorMap& map, semapho
 KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                  "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
-}
-KITTENS_DEVICE void store(const CUtensorMap& map, uint32_t src, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                  : "memory");
 }
 // dst += shared memory, run by run: 16-byte aligned, a multiple of 16 bytes
