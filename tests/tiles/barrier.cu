@@ -1,4 +1,5 @@
-// arch/barrier.cuh: a ring of slots stays in order over many rounds, and registers move between warpgroups.
+// arch/barrier.cuh: a ring of slots stays in order over many rounds, registers move between warpgroups, and a kernel
+// begins before the one that it depends on has ended.
 #include "harness.cuh"
 
 template <int stages> struct smem_plan {
@@ -52,6 +53,50 @@ __global__ void hand_over(int* out) {
     }
 }
 
+// The first of two kernels lets the second begin, waits until it has, a second at most, and only then writes.
+__global__ void write_late(volatile int* second_began, int* met, int* numbers) {
+    let_dependents_launch();
+    if (threadIdx.x == 0) {
+        const long long start = clock64();
+        while (!*second_began && clock64() - start < 2'000'000'000) __nanosleep(1000);
+        met[blockIdx.x] = *second_began;
+    }
+    __syncthreads();
+    __nanosleep(200000); // time for the second to read what is not there yet
+    const int i = blockIdx.x * 128 + threadIdx.x;
+    numbers[i] = 3 * i;
+}
+// The second reads backwards: what another block of the first has written.
+__global__ void read_after(volatile int* began, const int* numbers, int* out) {
+    *began = 1;
+    wait_for_previous_kernel();
+    const int i = blockIdx.x * 128 + threadIdx.x;
+    out[i] = numbers[gridDim.x * 128 - 1 - i];
+}
+
+extern "C" int test_dependents(void* began_, void* met, void* numbers_, void* out) {
+    int *const began = static_cast<int*>(began_), *const numbers = static_cast<int*>(numbers_);
+    cudaFuncAttributes loaded; // a kernel that is loaded only when it is launched may wait for the one that runs
+    cudaStream_t stream;
+    cudaError_t said = cudaFuncGetAttributes(&loaded, read_after);
+    if (said == cudaSuccess) said = cudaFuncGetAttributes(&loaded, write_late);
+    if (said == cudaSuccess) said = cudaStreamCreate(&stream);
+    if (said != cudaSuccess) return said;
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(4);
+    config.blockDim = dim3(128);
+    config.stream = stream;
+    said = cudaLaunchKernelEx(&config, write_late, began, static_cast<int*>(met), numbers);
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    if (said == cudaSuccess) said = cudaLaunchKernelEx(&config, read_after, began, numbers, static_cast<int*>(out));
+    const cudaError_t ran = cudaDeviceSynchronize();
+    cudaStreamDestroy(stream);
+    return said != cudaSuccess ? said : ran;
+}
 extern "C" int test_ring(int stages, int items, void* sum) {
     const auto out = static_cast<long long*>(sum);
     if (stages == 1) return launch(pass_on<1>, 1, 256, sizeof(smem_plan<1>), items, out);

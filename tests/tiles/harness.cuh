@@ -29,3 +29,17 @@ template <class T> KITTENS_DEVICE T& shared_as() {
     extern __shared__ __align__(1024) unsigned char raw[];
     return *reinterpret_cast<T*>(raw);
 }
+
+// Fragments of a plain float matrix of 64 rows and C columns, by the layout that types/register.cuh documents
+template <int C> KITTENS_DEVICE int fragment_at(int i) {
+    const int row = threadIdx.x / 32 * 16 + row_of(i / 2 % 2), col = 8 * (i / 4) + col_of() + i % 2;
+    return row * C + col;
+}
+template <int C> KITTENS_DEVICE void read_fragment(rt_fl<C>& x, const float* in) {
+#pragma unroll
+    for (int i = 0; i < C / 2; i++) x.data[i] = in[fragment_at<C>(i)];
+}
+template <int C> KITTENS_DEVICE void write_fragment(float* out, const rt_fl<C>& x) {
+#pragma unroll
+    for (int i = 0; i < C / 2; i++) out[fragment_at<C>(i)] = x.data[i];
+}
