@@ -62,8 +62,6 @@ if residual not in ('float32', 'bfloat16') or residual == 'bfloat16' and not fas
     sys.exit(f"--residual must be float32 or, in the fast step, bfloat16, not {residual!r}")
 device_type = torch.device(device).type
 on_gpu = device_type == 'cuda'
-if on_gpu:
-    torch.cuda.set_device(torch.device(device).index or 0)
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))

@@ -105,7 +105,8 @@ def _print_help(namespace, settings):
 
 def choose(settings, for_training=True):
     """
-    Replace the 'auto' of device, dtype, fast, compile and TK_kernel by what this machine can do; say so in one line.
+    Replace the 'auto' of device, dtype, fast, compile and TK_kernel by what this machine can do; say so in one line. A
+    CUDA device becomes the current one.
 
     settings      the dict that configure() returned; changed in place
     for_training  the kernel must also give gradients
@@ -119,6 +120,8 @@ def choose(settings, for_training=True):
         mps = torch.backends.mps.is_available()
         settings['device'] = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     device_type = check_device(settings['device'])
+    if device_type == 'cuda':
+        torch.cuda.set_device(torch.device(settings['device']).index or 0) # what follows is asked of this one
     if settings['dtype'] == 'auto':
         bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         settings['dtype'] = 'bfloat16' if bf16 else 'float16' if device_type == 'cuda' else 'float32'
@@ -143,6 +146,8 @@ def choose(settings, for_training=True):
         if 'fast' in auto and why_not_fast and device_type == 'cuda':
             reason += f" (not fast: {why_not_fast})"
         print("auto: " + ", ".join(f"{name}={settings[name]}" for name in auto) + reason)
+    if settings.get('fast') and MASTER and (why_not := _why_no_gelu_in_matmul(settings)):
+        print(f"fast: a pass of its own for GELU, not in the matmuls ({why_not})")
     return settings
 
 
@@ -170,6 +175,12 @@ def _why_no_kernel(settings, device_type, for_training):
         head_dim = settings['n_embd'] // settings['n_head']
     dropout = settings.get('dropout', 0.0) if for_training else 0.0
     return attn_causal.why_unavailable() or attn_causal.why_not_for(head_dim, dropout)
+
+
+def _why_no_gelu_in_matmul(settings):
+    """'' if the fast step's matmuls can do GELU too, else the reason in a few words."""
+    from ThunderKittens.examples import gemm_gelu
+    return gemm_gelu.why_unavailable() or gemm_gelu.why_not_for(settings['n_embd'], 4 * settings['n_embd'])
 
 
 def check_device(device):

@@ -64,10 +64,8 @@ for _name, _one, _like in (('sizes', r'[1-9]\d*x[1-9]\d*x[1-9]\d*', '24x16x1024 
 choose(config, for_training=False)
 device, dtype = config['device'], config['dtype']
 device_type = torch.device(device).type
-if device_type == 'cuda':
-    torch.cuda.set_device(torch.device(device).index or 0)
-    if why_no_step():
-        print(f"each token takes longer than it could: {why_no_step()}", file=sys.stderr)
+if device_type == 'cuda' and why_no_step():
+    print(f"each token takes longer than it could: {why_no_step()}", file=sys.stderr)
 if bench: # what would end it after hours is said now
     make_folder(out_dir)
     try:

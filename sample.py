@@ -74,10 +74,8 @@ if max(map(max, prompts)) >= model.config.vocab_size:
 
 torch.set_float32_matmul_precision('high')
 model.to(device)
-if device_type == 'cuda':
-    torch.cuda.set_device(torch.device(device).index or 0)
-    if why_no_step():
-        print(f"each token takes longer than it could: {why_no_step()}", file=sys.stderr)
+if device_type == 'cuda' and why_no_step():
+    print(f"each token takes longer than it could: {why_no_step()}", file=sys.stderr)
 if dtype != 'float32':
     model.cast_linears(getattr(torch, dtype))
 if config['compile']:

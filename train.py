@@ -142,8 +142,6 @@ device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype'
 if residual != 'float32' and not fast:
     sys.exit(f"--residual={residual} is an option of the fast step, which does not run here")
 device_type, control = torch.device(device).type, None
-if device_type == 'cuda':
-    torch.cuda.set_device(torch.device(device).index or 0)
 if ddp:
     if backend == 'auto':
         backend = 'gloo' if device_type != 'cuda' else 'copies' if fast and world_size == 2 else 'nccl'

@@ -6,7 +6,8 @@ Builds the kernels of this folder into one Python module, without a GPU and with
 
 Every .cu goes through nvcc and the front end through g++, in parallel, then one link: static cudart, no libcuda.
 Needs pybind11 and setuptools, and nvcc: the CUDA toolkit's, or pip install 'cuda-toolkit[nvcc,cccl,cudart]==13.0.*'.
-The build fails where ptxas spills a register or serialises wgmma, and where a kernel holds no HGMMA.
+The build fails where ptxas spills a register or serialises wgmma, and where a kernel holds no HGMMA; for that it needs
+cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), and says so where they are missing.
 The folders beside this one build and load their kernels with what is here.
 """
 import hashlib
@@ -27,7 +28,9 @@ MODULE = 'h100_attn_causal'
 ARCH = ['-gencode', 'arch=compute_90a,code=sm_90a']
 NVCC_FLAGS = ['-std=c++20', '-O3', *ARCH, '--expt-relaxed-constexpr', '-lineinfo', '-Xptxas', '-v,--warn-on-spills',
               '-Xcompiler', '-fPIC,-fvisibility=hidden', f'-I{INCLUDE}']
-SERIALISED = re.compile(r'C75(07|10|11|12|14|15|20)') # what ptxas says when it makes wgmma synchronous
+# what ptxas says when it makes wgmma synchronous, waits on its own account, or leaves the registers as they are
+SLOW = re.compile(r"are serialized|warpgroup\.wait is injected|'setmaxnreg' ignored")
+WITHOUT_MATMUL = re.compile(r'causal_delta|causal_dq_round') # kernels that have none to do
 SPILL = re.compile(r'(\d+) bytes spill stores, (\d+) bytes spill loads')
 
 
@@ -40,12 +43,17 @@ def sources_hash(here=HERE):
     return digest.hexdigest()[:16]
 
 
+def pip_folders():
+    """Where pip puts CUDA's programs."""
+    return [Path(folder) / 'nvidia' / 'cu13' / 'bin' for folder in sys.path if folder]
+
+
 def find_nvcc():
     """Path of nvcc: on the PATH, in the toolkit, or where pip puts it."""
     candidates = [shutil.which('nvcc')]
     candidates += [Path(os.environ[name]) / 'bin' / 'nvcc' for name in ('CUDA_HOME', 'CUDA_PATH') if name in os.environ]
     candidates += [Path('/usr/local/cuda/bin/nvcc')]
-    candidates += [Path(folder) / 'nvidia' / 'cu13' / 'bin' / 'nvcc' for folder in sys.path if folder]
+    candidates += [folder / 'nvcc' for folder in pip_folders()]
     for path in candidates:
         if path and Path(path).is_file():
             return Path(path)
@@ -72,29 +80,33 @@ def run(command, env=None):
 
 def check_ptxas(name, said):
     """End the build on a spill or on wgmma made synchronous; both make a kernel several times slower in silence."""
-    if SERIALISED.search(said):
+    if SLOW.search(said):
         sys.exit(f"{name}: wgmma is serialised\n{said}")
     if any(int(a) or int(b) for a, b in SPILL.findall(said)):
         sys.exit(f"{name}: registers spill\n{said}")
 
 
-def machine_code(nvcc, target):
-    """What cuobjdump shows of an object file, or None where it or the nvdisasm that it calls is not installed."""
-    path = f"{nvcc.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    cuobjdump = shutil.which('cuobjdump', path=path)
-    if not cuobjdump or not shutil.which('nvdisasm', path=path):
-        return None
-    return run([cuobjdump, '-sass', target], env=os.environ | {'PATH': path})
+def find_disassembler(nvcc):
+    """The PATH with cuobjdump, and nvdisasm that it calls; None where one of them is not installed."""
+    path = os.pathsep.join(map(str, [nvcc.parent, os.environ.get('PATH', ''), *pip_folders()]))
+    return path if all(shutil.which(name, path=path) for name in ('cuobjdump', 'nvdisasm')) else None
 
 
 def compile_kernel(nvcc, source, target):
     """One .cu to an object file, checked; returns what ptxas said of registers."""
     said = run([nvcc, *NVCC_FLAGS, '-c', source, '-o', target])
     check_ptxas(source.name, said)
-    shown = machine_code(nvcc, target)
-    if shown is not None and 'HGMMA' not in shown:
-        sys.exit(f"{source.name}: no HGMMA in the machine code")
-    return ''.join(f"{source.name}: {line.strip()}\n" for line in said.splitlines() if 'Used' in line)
+    lines = [line.strip() for line in said.splitlines() if 'Used' in line]
+    path = find_disassembler(nvcc)
+    if path is None:
+        lines.append("HGMMA is not looked for: no cuobjdump or no nvdisasm")
+    shown = '' if path is None else run([shutil.which('cuobjdump', path=path), '-sass', target],
+                                        env=os.environ | {'PATH': path})
+    for code in shown.split('Function : ')[1:]:
+        name = code.split(maxsplit=1)[0]
+        if 'HGMMA' not in code and not WITHOUT_MATMUL.search(name):
+            sys.exit(f"{source.name}: no HGMMA in the machine code of {name}")
+    return ''.join(f"{source.name}: {line}\n" for line in lines)
 
 
 def build_module(folder, target, here=HERE):
@@ -131,8 +143,11 @@ def load_module(here, name, sources, build):
             return None, f"the kernels were built for another Python ({found[0].name}, not {suffix}): {build}"
         return None, f"the kernels are not built: {build}"
     loader = ExtensionFileLoader(name, str(fitting[0]))
-    module = module_from_spec(spec_from_loader(name, loader))
-    loader.exec_module(module)
+    try:
+        module = module_from_spec(spec_from_loader(name, loader))
+        loader.exec_module(module)
+    except ImportError as e:
+        return None, f"the kernels cannot be loaded ({str(e).splitlines()[0]}): {build}"
     if module.sources != sources:
         return None, f"the kernels are older than their sources: {build}"
     return module, ''
