@@ -3,7 +3,7 @@ import ast
 
 import pytest
 
-from configurator import configure
+from configurator import choose, configure
 from conftest import ROOT, assert_refused, run_script
 
 NANOGPT = { # the seven files of nanoGPT's config/, comments left out
@@ -232,13 +232,57 @@ def test_a_mistake_ends_a_real_run_before_any_work(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['typo.py']
 
 
-@pytest.mark.parametrize('compiler', ['/usr/bin/cc', None])
-def test_a_gpu_without_a_c_compiler_compiles_nothing_by_itself(compiler, monkeypatch):
-    from configurator import choose
-    monkeypatch.delenv('CC', raising=False)
-    monkeypatch.setattr('shutil.which', lambda name: compiler)
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Compute capabilities of GPUs that are not there: the first two, of which a test may change one."""
+    import torch
+
+    from ThunderKittens.examples import attn_causal, decode, gemm_gelu
+    capabilities, current = [(9, 0), (9, 0)], [0]
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
-    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
-    monkeypatch.setattr('torch.cuda.get_device_capability', lambda: (9, 0))
-    settings = {'device': 'cuda', 'dtype': 'bfloat16', 'fast': False, 'compile': 'auto', 'TK_kernel': False}
-    assert choose(settings)['compile'] == bool(compiler)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.setattr('torch.cuda.set_device', lambda index: current.__setitem__(0, index))
+    monkeypatch.setattr('torch.cuda.get_device_capability', lambda: capabilities[current[0]])
+    monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda **_: torch.cuda.get_device_capability() >= (8, 0))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: True)
+    monkeypatch.setenv('CC', 'cc')
+    monkeypatch.setattr(decode, 'why_unavailable', decode.why_unavailable.__wrapped__) # without its memory
+    for package in (attn_causal, gemm_gelu):
+        monkeypatch.setattr(package, '_load', lambda: (object(), ''))
+    return capabilities
+
+
+ALL_AUTO = {'device': 'cuda', 'dtype': 'auto', 'fast': 'auto', 'compile': 'auto', 'TK_kernel': 'auto', 'n_head': 12,
+        'n_embd': 768}
+
+
+@pytest.mark.parametrize('compiler', ['/usr/bin/cc', None])
+def test_a_gpu_without_a_c_compiler_compiles_nothing_by_itself(compiler, two_gpus, monkeypatch):
+    monkeypatch.delenv('CC')
+    monkeypatch.setattr('shutil.which', lambda name: compiler)
+    assert choose(ALL_AUTO | {'fast': False, 'TK_kernel': False})['compile'] == bool(compiler)
+
+
+@pytest.mark.parametrize('first, second, device, chosen', [
+    ((9, 0), (8, 0), 'cuda:1', dict(TK_kernel=False, fast=True, dtype='bfloat16')),
+    ((8, 0), (9, 0), 'cuda:1', dict(TK_kernel=True, fast=True)), ((9, 0), (8, 0), 'cuda', dict(TK_kernel=True)),
+    ((9, 0), (7, 5), 'cuda:1', dict(TK_kernel=False, fast=False, dtype='float16'))])
+def test_what_a_gpu_can_do_is_asked_of_the_one_that_runs(first, second, device, chosen, two_gpus):
+    two_gpus[:] = first, second
+    got = choose(ALL_AUTO | {'device': device})
+    assert {name: got[name] for name in chosen} == chosen
+
+
+def test_plain_nanogpt_is_compiled_and_has_nothing_of_ours(two_gpus):
+    got = choose(ALL_AUTO | {'plain': True})
+    assert (got['compile'], got['fast'], got['TK_kernel']) == (True, False, False)
+
+
+@pytest.mark.parametrize('loads, n_embd, said', [('', 768, ''), ('the kernels are not built', 768, 'not built'),
+                                                 ('', 100, 'multiples of 8, not 100')])
+def test_a_step_whose_matmuls_leave_out_gelu_says_why(loads, n_embd, said, two_gpus, monkeypatch, capsys):
+    from ThunderKittens.examples import gemm_gelu
+    monkeypatch.setattr(gemm_gelu, '_load', lambda: (object(), loads))
+    choose(ALL_AUTO | {'n_embd': n_embd, 'n_head': 4, 'TK_kernel': False})
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'GELU' in line]
+    assert len(lines) == bool(said) and said in ''.join(lines)

@@ -474,6 +474,7 @@ def test_a_meta_pkl_that_says_nothing_is_refused(tiny, run_here):
 def test_a_kernel_that_cannot_run_is_refused_with_the_command_that_builds_it(reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda index: None)
     monkeypatch.setattr('ThunderKittens.examples.attn_causal.why_unavailable', lambda: reason)
     with pytest.raises(SystemExit) as refused:
         choose({'device': 'cuda', 'dtype': 'bfloat16', 'compile': False, 'TK_kernel': True})
