@@ -218,7 +218,7 @@ for i in range(warmup):
 times_ms = timed_ms(steps)
 ms = statistics.median(times_ms)
 peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-parts = {}
+parts, attention = {}, []
 if on_gpu or profile: # after the timing, which it would disturb
     from torch.profiler import ProfilerActivity
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
@@ -229,8 +229,10 @@ if on_gpu or profile: # after the timing, which it would disturb
         column = 'self_cuda_time_total' if on_gpu else 'self_cpu_time_total'
         print(profiled.key_averages().table(sort_by=column, row_limit=30))
     if on_gpu:
-        parts = breakdown([(event.name, event.time_range.start, event.time_range.end) for event in profiled.events()
-                           if event.device_type.name == 'CUDA' and 'spin_kernel' not in event.name], 3)
+        kernels = [(event.name, event.time_range.start, event.time_range.end) for event in profiled.events()
+                   if event.device_type.name == 'CUDA' and 'spin_kernel' not in event.name]
+        parts = breakdown(kernels, 3)
+        attention = sorted({name[:60] for name, _, _ in kernels if re.search(dict(KINDS)['attention'], name)})
 
 # what it means
 tokens_per_s = batch_size * block_size / ms * 1e3
@@ -257,5 +259,6 @@ print(json.dumps({
     'ms_median': round(ms, 3), 'ms_min': round(min(times_ms), 3),
     'ms_max': round(max(times_ms), 3), 'tokens_per_s': round(tokens_per_s), 'mfu': mfu and round(mfu, 4),
     'mfu_causal': mfu_causal and round(mfu_causal, 4), 'peak_gib': peak_gib and round(peak_gib, 2), 'card': card,
-    'parts_ms': parts, 'torch': torch.__version__, 'cuda': torch.version.cuda, 'commit': commit(),
+    'parts_ms': parts, 'attention_kernels': attention, 'torch': torch.__version__, 'cuda': torch.version.cuda,
+    'commit': commit(),
 }))

@@ -1,6 +1,8 @@
 """The benchmark refuses to time what is wrong, and says what it timed; inference compares the ways to speak."""
+import contextlib
 import importlib
 import json
+import math
 import sys
 
 import pytest
@@ -168,17 +170,23 @@ def test_the_table_compares_a_row_with_plain_nanogpt_at_its_shape_else_at_its_le
     assert 'a card, torch 2, CUDA 13, commit abc1234' in lines[0]
     assert [line.split('|')[-2].strip() for line in lines[4:]] == ['1.00', '1.25', '1.00', '1.50', '1.00', '1.20']
     assert '| - |' in step_bench.table([{**rows[0], 'mfu': None}]) # a card whose peak is not known
+    assert 'no measure' not in step_bench.table(rows)
+    slow = row('plain', 16, tokens_per_s=429_000) | {'card': 'NVIDIA H100 80GB HBM3'}
+    assert 'no measure' in step_bench.table([slow])
+    assert 'no measure' not in step_bench.table([slow | {'tokens_per_s': 430_000}])
     step_bench.picture(rows, tmp_path / 'step.png')
     assert (tmp_path / 'step.png').stat().st_size > 5000
 
 
-@pytest.mark.parametrize('first', [4, 20, 28, 40])
-def test_the_largest_batch_is_found_from_above_and_from_below(first, monkeypatch):
+@pytest.mark.parametrize('fixed', [0, 30])
+@pytest.mark.parametrize('first', [4, 20, 28, 32, 40])
+def test_the_largest_batch_is_found_from_above_and_from_below(first, fixed, monkeypatch):
     tried = []
 
     def run(size, way, B, T):
         tried.append(B)
-        return row(way, B, peak_gib=2.6 * B) if B <= 28 else {} # GiB of 79
+        peak_gib = fixed + (76 - fixed) * B / 29
+        return row(way, B, peak_gib=peak_gib) if peak_gib < 76 else {}
     monkeypatch.setattr(step_bench, 'run', run)
     assert step_bench.largest('xl', 'fast', first)['batch_size'] == 28
     assert len(tried) == len(set(tried))
@@ -233,6 +241,41 @@ def test_what_an_h100_alone_can_time_is_refused_elsewhere_in_one_line(name, monk
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     with pytest.raises(SystemExit, match=r'\Ano CUDA device: .+\Z'):
         bench.main()
+
+
+def test_the_forwards_benchmark_runs_as_a_script_too(tmp_path):
+    ran = run_script('ThunderKittens/examples/attn_causal/bench.py', '--help', cwd=tmp_path)
+    assert ran.status == 0 and '--fa3' in ran.out
+
+
+@pytest.mark.parametrize('wrong, right', [(lambda x: 1.01 * x, False), (lambda x: x * math.nan, False),
+                                          (lambda x: x, True)])
+def test_an_attention_that_is_wrong_is_not_timed_beside_others(wrong, right, monkeypatch):
+    monkeypatch.setattr(attn_bench, 'random_qkv', lambda *shape: [torch.randn(shape).bfloat16() for _ in range(3)])
+    peers = {'good': attn_bench.sdpa(attn_bench.SDPBackend.MATH),
+             'peer': lambda q, k, v: lambda: wrong(attn_bench.sdpa(attn_bench.SDPBackend.MATH)(q, k, v)())}
+    with contextlib.nullcontext() if right else pytest.raises(SystemExit, match='peer is wrong at D=64'):
+        attn_bench.check(peers)
+
+
+def test_the_forwards_benchmark_checks_first_and_leaves_json_tables_and_a_picture(tmp_path, monkeypatch):
+    done, us = [], dict.fromkeys(('flash', 'cudnn', attn_bench.OURS), (20.0, 10.0))
+    packed_us = dict.fromkeys(('flushed_us', '50_calls_us', 'kernel_us', 'host_us'), 8.0)
+    for name, found in (('check', None), ('measure', dict.fromkeys(attn_bench.SHAPES, us)),
+                        ('measure_lengths', {17: {'flash': 9.0}}), ('measured_on', 'a card'),
+                        ('measure_packed', dict.fromkeys(('cudnn', attn_bench.OURS), packed_us))):
+        monkeypatch.setattr(attn_bench, name, lambda *args, name=name, found=found: (done.append(name), found)[1])
+    monkeypatch.setattr(attn_bench, 'why_unavailable', lambda: '')
+    monkeypatch.setattr(attn_bench, 'HERE', tmp_path)
+    (tmp_path / 'README.md').write_text('<!-- bench begin -->\nold\n<!-- bench end -->\n')
+    monkeypatch.setattr('sys.argv', ['bench', '--readme', f'--out={tmp_path}'])
+    attn_bench.main()
+    assert done[:2] == ['check', 'measure']
+    found = json.loads((tmp_path / 'attn_causal.json').read_text())
+    assert found['shapes']['B64_H12_N1024_D64']['cudnn'] == [20.0, 10.0] and found['where'] == 'a card'
+    readme = (tmp_path / 'README.md').read_text()
+    assert '| 64 | 12 | 64, 1024 |' in readme and 'The host spends 8 us a call' in readme and 'old' not in readme
+    assert (tmp_path / 'attn_causal.png').stat().st_size > 5000
 
 
 def test_calls_take_turns_and_the_median_of_the_passes_is_compared_with_the_best_other(monkeypatch):
@@ -319,6 +362,7 @@ def test_a_small_run_on_a_gpu_gives_mfu_and_memory(flags, tiny):
                      timeout=300)
     found = last_line(ran)
     assert 0 <= found['mfu_causal'] <= found['mfu'] < 1 and found['peak_gib'] > 0
-    assert ('kernel ok' in ran.out) == found['TK_kernel'] and found['plain'] == bool(flags)
+    assert ('kernel ok' in ran.out) == found['TK_kernel'] and found['plain'] == found['compile'] == bool(flags)
+    assert found['attention_kernels'] and all(('causal_' in name) != bool(flags) for name in found['attention_kernels'])
     parts = found['parts_ms']
     assert min(parts.values()) >= 0 and {'matmuls', 'attention', 'AdamW, clipping', 'idle'} <= parts.keys()
