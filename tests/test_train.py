@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from configurator import _why_no_kernel, choose
 from conftest import PYTHON, ROOT, TINY, assert_refused, run_script, write_ids
+from data.processes import StopSignal
 from plain_gpt import PlainGPT, nanogpt_losses, nanogpt_optimizer
 
 SHAPE = dict(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32, bias=False)
@@ -43,6 +45,17 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def after_each_step(monkeypatch, call):
+    """From now on train.py calls call(n) when it has done n steps: agree() is the last that its loop does in each."""
+    agree = StopSignal.agree
+
+    def agree_and_call(self):
+        agree(self)
+        self.steps = getattr(self, 'steps', 0) + 1
+        call(self.steps)
+    monkeypatch.setattr(StopSignal, 'agree', agree_and_call)
 
 
 # -----------------------------------------------------------------------------
@@ -77,6 +90,30 @@ def test_a_run_takes_exactly_max_iters_steps_and_prints_nanogpts_lines(tiny, run
     checkpoint = load()
     assert checkpoint['iter_num'] == 7
     assert {float(state['step']) for state in checkpoint['optimizer']['state'].values()} == {7.0}
+
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_the_loop_reads_the_loss_in_the_steps_that_it_logs_and_in_no_other(fast, tiny, run_here, monkeypatch):
+    """Or whatever else is computed: on a GPU each reading would wait for it."""
+    monkeypatch.setattr('configurator._why_not_fast', lambda *_: '')
+    step, read_in = 0, set()
+
+    def watched(read):
+        def reading(tensor, *args, **kw):
+            if tensor.is_floating_point() and sys._getframe(1).f_code.co_filename == str(ROOT / 'train.py'):
+                read_in.add(step)
+            return read(tensor, *args, **kw)
+        return reading
+
+    def watch(steps):
+        nonlocal step
+        step = steps
+        if step == 1: # not __bool__: on a CPU the guard asks whether to step
+            for name in ('item', 'tolist', 'numpy', 'cpu', '__float__', '__int__', '__format__'):
+                monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    after_each_step(monkeypatch, watch)
+    assert run_here('train.py', *TINY, f'--fast={fast}', '--log_interval=3', '--eval_interval=1000').status == 0
+    assert read_in == {3, 6, 8} # 8: evaluated at the end
 
 
 def test_what_auto_chose_is_said_in_one_line_and_a_flag_wins(tiny, run_here):
@@ -575,3 +612,19 @@ def test_a_resumed_run_on_a_gpu_equals_the_unbroken_one_to_the_bit(kernel, fast,
     finally:
         torch.use_deterministic_algorithms(False)
     assert same(load('broken')['model'], load('unbroken')['model'])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('fast', [False, True])
+def test_a_run_waits_for_its_gpu_in_no_step_that_it_does_not_log(fast, tiny, run_here, monkeypatch):
+    flags = [*GPU, f'--fast={fast}', '--compile=False', '--eval_interval=1000']
+
+    def forbid_waiting(steps): # once the first have compiled and captured what they need, until the end of the last
+        torch.cuda.set_sync_debug_mode('error' if 5 <= steps < 20 else 'default')
+    after_each_step(monkeypatch, forbid_waiting)
+    try:
+        assert run_here('train.py', *flags, '--log_interval=1000').status == 0
+        with pytest.raises(RuntimeError, match='synchronizing'): # step 12 does
+            run_here('train.py', *flags, '--log_interval=12')
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
