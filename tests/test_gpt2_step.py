@@ -179,6 +179,46 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient_on_purpose(double, monkey
     assert step.update().item() == 1
 
 
+def train_and_speak(model, batches, speak, **kw):
+    """The gradients and the weights of each step, and what speak(model) returned before, between and within them."""
+    said, found = [speak(model)], []
+    step = TrainStep(model, adamw(model, AdamW), **kw)
+    for x, y in batches:
+        step.forward_backward(x, y)
+        said.append(speak(model))
+        found.append(step.grads.clone())
+        step.update()
+        found.append(step.params.clone())
+        said.append(speak(model))
+    return found, said
+
+
+def assert_said_by_the_weights_of_the_moment(said):
+    """train_and_speak's texts: only update() changes what is said, and every one does."""
+    assert [torch.equal(a, b) for a, b in zip(said, said[1:])] == [i % 2 == 0 for i in range(len(said) - 1)]
+
+
+def test_sampling_in_between_is_from_the_weights_of_the_moment_and_changes_no_step(double, monkeypatch):
+    monkeypatch.setattr(decode, 'can_replay', lambda device: True) # as on a GPU, but for the graphs: writers are kept
+    monkeypatch.setattr(decode, 'replayed', lambda step: step)
+    batches, prompts = [batch(65) for _ in range(3)], torch.randint(65, (2, 5))
+
+    def fresh():
+        torch.manual_seed(1)
+        return GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32, dropout=0.2)).eval()
+
+    def speak(model):
+        text = model.generate(prompts, 15, seed=4) # past block_size
+        assert model.writers
+        assert torch.equal(text, copy.deepcopy(model).generate_plain(prompts, 15, seed=4))
+        return text
+    precise = dict(residual=torch.float64, half=torch.float64)
+    quiet, _ = train_and_speak(fresh(), batches, lambda model: None, **precise)
+    found, said = train_and_speak(fresh(), batches, speak, **precise)
+    assert all(map(torch.equal, found, quiet))
+    assert_said_by_the_weights_of_the_moment(said)
+
+
 def one_of_two(rank, folder, rows, layers):
     """A process of two: its own weights at first, its own half of the batch."""
     torch.set_default_dtype(torch.float64)
@@ -603,6 +643,32 @@ def test_deterministic_algorithms_give_the_same_bits_and_a_graph_draws_new_masks
     first = [dropping.forward_backward(x, y).item() for _ in range(2)]
     torch.cuda.manual_seed(5)
     assert [dropping.forward_backward(x, y).item() for _ in range(2)] == first
+
+
+@on_gpu
+@pytest.mark.parametrize('half', [False, True], ids=['float32', 'autocast'])
+def test_sampling_in_between_is_from_the_weights_of_the_moment_and_changes_no_step_of_graphs(half, cuda):
+    """In float32 the kept graphs read the step's own weights; under autocast they read casts, and are not kept."""
+    kw = dict(block_size=64, vocab_size=301, dropout=0.1, TK_kernel=half) # the kernel has no float32
+    batches = torch.randint(301, (4, 2, 8, 64), device=cuda) # as they are, captured, replayed twice
+    prompts = torch.randint(301, (3, 50), device=cuda)
+
+    def speak(model):
+        torch.use_deterministic_algorithms(False) # they are for the steps
+        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=half):
+            text = model.generate(prompts, 30, seed=4) # past block_size
+            assert bool(model.writers) != half
+            assert torch.equal(text, copy.deepcopy(model).generate(prompts, 30, seed=4))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return text
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        quiet, _ = train_and_speak(small(cuda, **kw).eval(), batches, lambda model: None)
+        found, said = train_and_speak(small(cuda, **kw).eval(), batches, speak)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, found, quiet))
+    assert_said_by_the_weights_of_the_moment(said)
 
 
 @on_gpu
