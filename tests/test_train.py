@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from configurator import _why_no_kernel, choose
 from conftest import PYTHON, ROOT, TINY, assert_refused, run_script, write_ids
-from data.processes import StopSignal
 from plain_gpt import PlainGPT, nanogpt_losses, nanogpt_optimizer
 
 SHAPE = dict(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32, bias=False)
@@ -48,14 +48,14 @@ def same(a, b):
 
 
 def after_each_step(monkeypatch, call):
-    """From now on train.py calls call(n) when it has done n steps: agree() is the last that its loop does in each."""
-    agree = StopSignal.agree
+    """From now on train.py calls call(n) when it has done n steps: at their end its loop moves the bar."""
+    update = tqdm.update
 
-    def agree_and_call(self):
-        agree(self)
+    def update_and_call(self, n=1):
         self.steps = getattr(self, 'steps', 0) + 1
         call(self.steps)
-    monkeypatch.setattr(StopSignal, 'agree', agree_and_call)
+        return update(self, n)
+    monkeypatch.setattr(tqdm, 'update', update_and_call)
 
 
 # -----------------------------------------------------------------------------
