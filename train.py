@@ -3,7 +3,8 @@ Trains a GPT, on one device or, under torchrun, on many.
 
     python train.py config/train_shakespeare_char.py --batch_size=32
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=NAME --rdzv_endpoint=HOST:29400 \
+        train.py config/train_gpt2.py
 
 In out_dir it leaves checkpoints, log.csv, machine.txt and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C)
 and SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
@@ -136,6 +137,7 @@ elif ddp and begun_before(out_dir, run_id, store, rank, world_size):
     found = newest_checkpoint(out_dir, say)
     if found.get('run_id') == run_id: # torchrun started this run again: it goes on, whatever it began from
         init_from, checkpoint = 'resume', found
+run_id = run_id or checkpoint.get('run_id', '') # of torchrun's run that goes on without it
 config.update(known_heads(init_from, checkpoint))
 choose(config)
 device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'fast', 'compile', 'TK_kernel'))

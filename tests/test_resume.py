@@ -1,0 +1,176 @@
+"""What a run that goes on must find again: its own checkpoints, its best model, its log; and that it writes alone."""
+import csv
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script
+from test_runs import LONG, finish, kill, newest_checkpoint, read_until, same, torchrun, unbroken, weights
+
+from data.processes import begun_before, launcher
+from data.run import Checkpoints
+
+__all__ = ['unbroken'] # a fixture
+TWO = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
+def rows(out_dir='out'):
+    with open(f'{out_dir}/log.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+# -----------------------------------------------------------------------------
+# its own checkpoints
+
+class Killed(BaseException):
+    """kill -9, as far as the files are concerned."""
+
+
+@pytest.mark.parametrize('names', [[], ['ckpt.pt', 'best.pt']])
+def test_whenever_a_new_run_is_killed_its_folder_holds_one_runs_checkpoints_and_the_old_ones_are_whole(
+        names, tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, 'excepthook', lambda args: None) # of the thread that was "killed"
+    left = 1_000_000 # operations until the kill
+
+    def counted(operation):
+        def count(*args, **keywords):
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                raise Killed
+            return operation(*args, **keywords)
+        return count
+    for name in ('link', 'replace', 'unlink'):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+    def save(folder, run, *steps):
+        checkpoints = Checkpoints(folder, 2, print, anew=True)
+        for step in steps:
+            checkpoints.save({'iter_num': step, 'run': run}, names)
+            checkpoints.wait()
+
+    def runs(folder):
+        return {load(path)['run'] for path in folder.glob('*.pt')}
+
+    for kill_at in range(1, 100):
+        folder, left = tmp_path / str(kill_at), 1_000_000
+        folder.mkdir()
+        save(folder, 'old', 50, 60)
+        left = kill_at
+        save(folder, 'new', 5)
+        went_through, left = left > 0, 1_000_000
+        assert len(runs(folder)) <= 1, f"killed at operation {kill_at}: {sorted(folder.glob('*.pt'))}"
+        assert any(newest_checkpoint(place, print)['iter_num'] == 60 for place in (folder, folder / 'earlier')
+                   if 'old' in runs(place))
+        had_model = (folder / 'ckpt.pt').exists() and runs(folder) == {'new'}
+        save(folder, 'newest', 5) # and once more from the beginning
+        assert runs(folder) == {'newest'} and ('old' in runs(folder / 'earlier') or had_model)
+        if went_through:
+            return
+    pytest.fail("it had no end")
+
+
+def test_false_starts_cost_no_checkpoint_of_an_earlier_run(tmp_path):
+    for run in 'abc': # each in the last one's folder, none with an evaluation
+        checkpoints = Checkpoints(tmp_path, 1, print, anew=True)
+        checkpoints.save({'iter_num': 5, 'run': run}, [])
+        checkpoints.wait()
+    assert {load(path)['run'] for path in (tmp_path / 'earlier').glob('last-*.pt')} == {'a', 'b'}
+    assert [load(path)['run'] for path in tmp_path.glob('*.pt')] == ['c']
+
+
+def test_a_checkpoint_that_somebody_removed_meanwhile_stops_no_save(tmp_path):
+    (tmp_path / 'last-00000009.pt').write_bytes(b'old')
+    said = []
+    checkpoints = Checkpoints(tmp_path, 1, said.append, anew=True)
+    (tmp_path / 'last-00000009.pt').unlink()
+    checkpoints.save({'iter_num': 5}, [])
+    checkpoints.wait()
+    assert not said and newest_checkpoint(tmp_path, pytest.fail)['iter_num'] == 5
+
+
+def killed_once(where):
+    """A train.py that kills itself with -9 the first time that Checkpoints comes to `where`."""
+    Path('killed_once.py').write_text(f"""import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data.run import Checkpoints
+there = Checkpoints.{where}
+def kill(*args):
+    if not os.path.exists('killed'):
+        open('killed', 'w').close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    there(*args)
+Checkpoints.{where} = kill
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
+""")
+    return 'killed_once.py'
+
+
+def test_a_restart_goes_on_from_its_own_run_not_from_an_older_one(tiny, run_here):
+    Path('killed').touch() # not yet
+    script = killed_once('_forget_all_but') # after the first checkpoint's rename
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--max-restarts=1', '--master-port=29617']
+    old = run_script(Path(script).resolve(), *LONG, '--seed=5', '--out_dir=folder', cwd='.', python=launch)
+    assert old.status == 0, old.err
+    Path('killed').unlink()
+    new = run_script(Path(script).resolve(), *LONG, '--out_dir=folder', cwd='.', python=launch)
+    assert new.status == 0 and 'resuming from step 5 ' in new.out, new.out + new.err
+
+
+def test_the_same_launch_given_again_goes_on_where_the_killed_one_was(unbroken):
+    launch = ['--nnodes=1', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', '--rdzv_id=once']
+    run = torchrun('--out_dir=again', options=launch)
+    read_until(run, 'iter 12:')
+    kill(run) # torchrun too, and before the run has a ckpt.pt
+    assert not Path('again/ckpt.pt').exists()
+    assert 'resuming from step 10' in finish(torchrun('--out_dir=again', options=launch))
+    assert same(weights('again'), weights(unbroken))
+
+
+def test_a_run_id_that_was_given_is_known_whichever_agent_asks(tmp_path):
+    store = torch.distributed.HashStore()
+    for run_id in ('mine', 'none'):
+        torch.save({'run_id': run_id, 'ranks': [{'launcher': 'of a node that died'}]}, tmp_path / 'last-00000005.pt')
+        assert begun_before(tmp_path, run_id, store, 0, 1) == (run_id == 'mine')
+        assert not begun_before(tmp_path, 'other', store, 0, 1)
+    torch.save({'run_id': 'none', 'ranks': [{'launcher': launcher()}]}, tmp_path / 'last-00000005.pt')
+    assert begun_before(tmp_path, 'none', store, 0, 1)
+
+
+def test_a_run_that_went_on_without_torchrun_is_still_the_one_that_torchrun_knows(tiny, run_here):
+    launch = ('-m', 'torch.distributed.run', '--nnodes=1', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
+              '--rdzv_id=mine', '--nproc_per_node=1')
+    run_script('train.py', *TINY, '--max_iters=4', cwd='.', python=launch)
+    assert run_here('train.py', *TINY, '--max_iters=6', '--init_from=resume').status == 0
+    ran = run_script('train.py', *TINY, cwd='.', python=launch)
+    assert 'resuming from step 6 ' in ran.out, ran
+
+
+@pytest.mark.parametrize('step', [None, 'ten', -1, True, torch.tensor(3)])
+def test_a_checkpoint_without_a_step_is_named_and_passed_over(step, tmp_path):
+    torch.save({'iter_num': 5}, tmp_path / 'last-00000005.pt')
+    torch.save({'iter_num': step}, tmp_path / 'ckpt.pt')
+    said = []
+    assert newest_checkpoint(tmp_path, said.append)['iter_num'] == 5
+    line, = said
+    assert 'ckpt.pt' in line and 'iter_num' in line
+
+
+def test_what_a_killed_save_left_on_a_disk_that_is_read_only_now_is_a_warning(tiny, run_here, monkeypatch):
+    Path('out').mkdir()
+    Path('out/last-00000005.pt.part').touch()
+    unlink = os.unlink
+
+    def refuse(path, **keywords):
+        if str(path).endswith('5.pt.part'):
+            raise OSError(30, 'Read-only file system')
+        unlink(path, **keywords)
+    monkeypatch.setattr(os, 'unlink', refuse)
+    ran = run_here('train.py', *TINY)
+    assert ran.status == 0 and 'last-00000005.pt.part of a run that was killed stays (Read-only file' in ran.out
