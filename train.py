@@ -242,7 +242,8 @@ optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, 
                                            AdamW if fast and init_from != 'resume' else torch.optim.AdamW)
 
 # where the run stands
-step, best_val_loss, resumed = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', 1e9), {}
+step, best_val_loss, resumed = checkpoint.get('iter_num', 0), float(checkpoint.get('best_val_loss', 1e9)), {}
+best_val_loss = best_val_loss if math.isfinite(best_val_loss) else 1e9
 if init_from == 'resume':
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -256,8 +257,8 @@ if init_from == 'resume':
         scaler.load_state_dict(checkpoint['scaler'])
     states = checkpoint.get('ranks', [])
     resumed = states[rank] if len(states) == world_size else {}
-best_val_loss, mfu, wandb_id = float(best_val_loss), checkpoint.get('mfu', -1.0), checkpoint.get('wandb_id')
-evaluated = bool(resumed) and checkpoint.get('evaluated', False) # the run that saved this had just evaluated
+mfu, wandb_id = checkpoint.get('mfu', -1.0), checkpoint.get('wandb_id')
+evaluated = checkpoint.get('evaluated', False) # the run that saved this had just evaluated
 checkpoint = None # free its memory
 fast_step = None
 if fast:
@@ -359,7 +360,7 @@ def save_checkpoint(*names):
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
         'model_args': raw_model.config.model_args(), 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
         'gelu': raw_model.config.gelu, 'tokenizer': meta, 'scaler': scaler.state_dict(), 'ranks': states, 'mfu': mfu,
-        'evaluated': evaluated, 'run_id': run_id, 'wandb_id': run_log.wandb_run.id if run_log.wandb_run else None,
+        'evaluated': evaluated, 'run_id': run_id, 'wandb_id': run_log.wandb_run.id if run_log.wandb_run else wandb_id,
     }, names)
 
 
@@ -424,9 +425,10 @@ while True:
         log(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(step))
         if eval_only:
             break
-        is_best = losses['val'] < best_val_loss
-        best_val_loss, evaluated = min(losses['val'], best_val_loss), True
-        if step > first_step:
+        evaluated, is_best = True, losses['val'] < best_val_loss # a NaN is not
+        if is_best:
+            best_val_loss = losses['val']
+        if step > first_step or is_best and step > 0: # a resumed run may find the best where it begins
             names = ['ckpt.pt', 'best.pt'] if is_best else ['ckpt.pt'] if always_save_checkpoint else []
             save_checkpoint(*names)
         if master:

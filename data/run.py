@@ -350,8 +350,12 @@ class RunLog:
         if out_dir is None:
             return
         self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
-        self.rows = self._read(first_step) if first_step else []
-        self._write('w', [dict(zip(self.FIELDS, self.FIELDS)), *self.rows])
+        try:
+            self.rows = self._read(first_step) if first_step else []
+            header = dict(zip(self.FIELDS, self.FIELDS))
+            _replace(self.csv_path, lambda part: self._write(part, 'w', [header, *self.rows]))
+        except OSError as e:
+            self._warn(f"{self.csv_path}: {e.strerror}")
         try:
             with open(Path(out_dir, 'machine.txt'), 'a' if first_step else 'w') as f:
                 f.write(f"step {first_step}: {machine()}\n")
@@ -359,27 +363,28 @@ class RunLog:
             self._warn(f"{out_dir}/machine.txt: {e.strerror}")
 
     def _read(self, first_step):
+        """The rows before first_step; of that step, only its evaluation has been. Spoiled lines are left out."""
         if not self.csv_path.exists():
             return []
-        with open(self.csv_path, newline='', encoding='utf-8', errors='replace') as f:
-            lines = (line.replace('\0', '') for line in f)
-            rows = [{k: row.get(k) for k in self.FIELDS} for row in csv.DictReader(lines)]
-        kept = []
-        for row in rows:
-            try: # a line that the disk or a kill spoiled is left out
-                step, _ = int(row['step']), [float(value) for value in row.values() if value]
-                at_first = step == first_step and row['val_loss'] # of the first step, only its evaluation has been
-                kept += [row] if step < first_step or at_first else []
-            except (TypeError, ValueError):
-                pass
+        kept, unreadable = [], 0
+        for line in self.csv_path.read_text(encoding='utf-8', errors='replace').splitlines()[1:]:
+            values = line.split(',') # no csv.reader: to it, one quote that the disk made would swallow what follows
+            try:
+                row = dict(zip(self.FIELDS, values, strict=True))
+                step, _ = int(row['step']), [float(value) for value in values if value]
+                kept += [row] if step < first_step or step == first_step and row['val_loss'] else []
+            except ValueError:
+                unreadable += 1
+        if unreadable:
+            self._warn(f"{self.csv_path}: {unreadable} rows that cannot be read are left out")
         return kept
 
-    def _write(self, mode, rows):
-        try:
-            with open(self.csv_path, mode, newline='') as f:
-                csv.DictWriter(f, self.FIELDS).writerows(rows)
-        except OSError as e:
-            self._warn(f"{self.csv_path}: {e.strerror}")
+    def _write(self, path, mode, rows):
+        with open(path, mode, newline='') as f:
+            csv.DictWriter(f, self.FIELDS).writerows(rows)
+            f.flush()
+            if mode == 'w':
+                os.fsync(f.fileno())
 
     def _warn(self, line):
         if line not in self.warned: # once
@@ -402,8 +407,11 @@ class RunLog:
     def add(self, row):
         """One row, a dict of some of FIELDS."""
         self.rows.append(row)
-        if self.csv_path:
-            self._write('a', [row])
+        try:
+            if self.csv_path:
+                self._write(self.csv_path, 'a', [row])
+        except OSError as e:
+            self._warn(f"{self.csv_path}: {e.strerror}")
         if self.wandb_run:
             self.wandb_run.log({k: v for k, v in row.items() if v is not None}, step=row['step'])
 

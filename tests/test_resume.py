@@ -1,8 +1,10 @@
 """What a run that goes on must find again: its own checkpoints, its best model, its log; and that it writes alone."""
 import csv
 import os
+import sys
 import threading
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import ROOT, TINY, run_script
 from test_runs import LONG, finish, kill, newest_checkpoint, read_until, same, torchrun, unbroken, weights
 
 from data.processes import begun_before, launcher
-from data.run import Checkpoints
+from data.run import Checkpoints, RunLog
 
 __all__ = ['unbroken'] # a fixture
 TWO = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
@@ -174,3 +176,102 @@ def test_what_a_killed_save_left_on_a_disk_that_is_read_only_now_is_a_warning(ti
     monkeypatch.setattr(os, 'unlink', refuse)
     ran = run_here('train.py', *TINY)
     assert ran.status == 0 and 'last-00000005.pt.part of a run that was killed stays (Read-only file' in ran.out
+
+
+# -----------------------------------------------------------------------------
+# its best model
+
+def test_a_resumed_run_that_finds_its_best_loss_at_once_keeps_that_model(tiny, run_here):
+    run_here('train.py', *TINY, '--max_iters=4', '--save_interval=3', '--eval_interval=100')
+    for name in ('last-00000004.pt', 'ckpt.pt', 'best.pt'):
+        os.remove(f'out/{name}')
+    ran = run_here('train.py', *TINY, '--init_from=resume', '--max_iters=3')
+    first, best = (float(row['val_loss']) for row in rows() if row['val_loss'])
+    assert ran.status == 0 and ran.names['best_val_loss'] == best < first
+    for name in ('ckpt.pt', 'best.pt'):
+        assert load(f'out/{name}')['iter_num'] == 3
+        assert load(f'out/{name}')['best_val_loss'] == ran.names['best_val_loss']
+
+
+def test_an_evaluation_is_not_made_again_by_another_number_of_processes(tiny, run_here):
+    run_here('train.py', *TINY, '--max_iters=4')
+    ran = run_script('train.py', *TINY, '--init_from=resume', cwd='.', python=TWO)
+    assert ran.status == 0 and 'resuming from step 4 ' in ran.out, ran
+    assert [row['step'] for row in rows() if row['val_loss']] == ['0', '4', '8']
+
+
+def test_a_val_loss_that_is_nan_costs_no_later_best_model(tiny, run_here, monkeypatch):
+    import model
+    forward, n = model.GPT.forward, 0
+
+    def sometimes_nan(self, idx, targets=None):
+        nonlocal n
+        logits, loss = forward(self, idx, targets)
+        n += not self.training
+        return logits, loss * float('nan') if not self.training and n == 8 else loss # the second evaluation's last
+    monkeypatch.setattr(model.GPT, 'forward', sometimes_nan)
+    run_here('train.py', *TINY)
+    assert [row['val_loss'] == 'nan' for row in rows() if row['val_loss']] == [False, True, False]
+    assert load('out/best.pt')['iter_num'] == 8
+    for path in Path('out').glob('*.pt'): # as an older version saved it
+        checkpoint = load(path)
+        path.unlink()
+        torch.save({**checkpoint, 'best_val_loss': float('nan')}, path)
+    run_here('train.py', *TINY, '--init_from=resume', '--max_iters=12')
+    assert load('out/best.pt')['iter_num'] == 12
+
+
+# -----------------------------------------------------------------------------
+# its log
+
+def test_a_kill_as_a_resumed_run_rewrites_the_log_costs_no_row(tmp_path, monkeypatch):
+    run_log = RunLog(tmp_path, 0, "a title", print)
+    for step in range(9):
+        run_log.add({'step': step, 'loss': 1.5})
+    before = (tmp_path / 'log.csv').read_bytes()
+
+    def kill(self, rows):
+        raise Killed
+    monkeypatch.setattr(csv.DictWriter, 'writerows', kill)
+    with pytest.raises(Killed):
+        RunLog(tmp_path, 5, "a title", print)
+    assert (tmp_path / 'log.csv').read_bytes() == before
+    monkeypatch.undo()
+    assert len(RunLog(tmp_path, 5, "a title", print).rows) == 5 == len(rows(tmp_path))
+
+
+@pytest.mark.parametrize('n', [20, 5000]) # more than the 128 KiB that csv takes for one field
+@pytest.mark.parametrize('line', [0, 7])
+def test_a_damaged_byte_costs_the_log_one_row_at_most_and_that_is_said(n, line, tmp_path):
+    run_log = RunLog(tmp_path, 0, "a title", print)
+    for step in range(n):
+        run_log.add({'step': step, 'loss': 1.5, 'lr': 1e-3, 'time_ms': 2.5, 'tokens_per_s': 7, 'elapsed_s': 123.4})
+    lines = (tmp_path / 'log.csv').read_bytes().splitlines(keepends=True)
+    lines[line] = b'"' + lines[line][1:]
+    (tmp_path / 'log.csv').write_bytes(b''.join(lines))
+    said = []
+    RunLog(tmp_path, n, "a title", said.append)
+    assert [int(row['step']) for row in rows(tmp_path)] == [step for step in range(n) if step + 1 != line]
+    assert said == ([f"warning: {tmp_path}/log.csv: 1 rows that cannot be read are left out"] if line else [])
+
+
+def test_a_log_that_cannot_be_read_is_a_warning(tmp_path):
+    (tmp_path / 'log.csv').mkdir()
+    said = []
+    RunLog(tmp_path, 5, "a title", said.append).add({'step': 5})
+    assert said == [f"warning: {tmp_path}/log.csv: Is a directory"]
+
+
+def test_the_wandb_run_is_still_known_after_a_start_without_wandb(tiny, run_here, monkeypatch):
+    asked, fake = [], ModuleType('wandb')
+    fake.Settings, fake.Error = SimpleNamespace, ConnectionError
+
+    def init(id=None, **_):
+        asked.append(id)
+        return SimpleNamespace(id='abc123', log=lambda *_, **__: None, finish=lambda: None)
+    fake.init = init
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    for max_iters, wandb_log in ((2, True), (4, False), (6, True)):
+        assert run_here('train.py', *TINY, f'--max_iters={max_iters}', f'--wandb_log={wandb_log}',
+                        *['--init_from=resume'] * (max_iters > 2)).status == 0
+    assert asked == [None, 'abc123']
