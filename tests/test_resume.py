@@ -1,18 +1,21 @@
 """What a run that goes on must find again: its own checkpoints, its best model, its log; and that it writes alone."""
 import csv
 import os
+import resource
 import sys
 import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from conftest import ROOT, TINY, run_script, write_ids
 from test_runs import LONG, finish, kill, newest_checkpoint, read_until, same, torchrun, unbroken, weights
 
 from data.processes import begun_before, launcher
 from data.run import Checkpoints, RunLog
+from data.tokens import Tokens
 
 __all__ = ['unbroken'] # a fixture
 TWO = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
@@ -275,3 +278,27 @@ def test_the_wandb_run_is_still_known_after_a_start_without_wandb(tiny, run_here
         assert run_here('train.py', *TINY, f'--max_iters={max_iters}', f'--wandb_log={wandb_log}',
                         *['--init_from=resume'] * (max_iters > 2)).status == 0
     assert asked == [None, 'abc123']
+
+
+# -----------------------------------------------------------------------------
+# its data
+
+def test_a_set_may_have_more_shards_than_a_process_may_have_files_open(tmp_path):
+    ids = np.arange(300 * 9) % 1000
+    for i in range(300):
+        write_ids(tmp_path / f'train_{i:04}.bin', ids[i * 9:i * 9 + 9])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = set(map(int, os.listdir('/proc/self/fd')))
+    resource.setrlimit(resource.RLIMIT_NOFILE, ([fd for fd in range(soft) if fd not in taken][100], hard)) # 100 more
+    try:
+        tokens = Tokens(tmp_path, 'train', 8, 1000)
+        order = np.random.default_rng(0).permutation(300).tolist()
+        x, y = tokens.windows(order + order)
+        for row, (a, b) in enumerate(zip(x.tolist(), y.tolist())):
+            want = ids[order[row % 300] * 9:][:9].tolist()
+            assert a == want[:8] and b == want[1:]
+        (tmp_path / 'train_0000.bin').unlink()
+        with pytest.raises(SystemExit, match='train_0000.bin: No such file'):
+            tokens.windows([*range(299, -1, -1)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
