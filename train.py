@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import choose, configure
 from data.processes import StopSignal, begun_before, fresh_store, launcher, leave_group
-from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint
+from data.run import Checkpoints, RunLog, explain_error, known_heads, lock, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep
@@ -160,6 +160,8 @@ if master:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as e:
         sys.exit(f"--out_dir={out_dir}: {e.strerror}")
+    if not eval_only:
+        lock(out_dir, say)
 torch.manual_seed(seed + rank)
 torch.set_float32_matmul_precision('high') # float32 matmuls in TF32 on GPUs that have it
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))

@@ -31,6 +31,11 @@ import zlib
 from itertools import accumulate
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError: # Windows
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 
@@ -220,6 +225,32 @@ def _to_host(checkpoint, event, pinned):
 
 def _as_bytes(t):
     return t.reshape(-1).view(torch.uint8)
+
+
+_locked = None # the folder that this process holds, open: the lock ends with the process, however that ends
+
+
+def lock(out_dir, say):
+    """
+    Keep other runs from writing to out_dir, which exists: a killed torchrun may leave its processes behind. SystemExit
+    with one line where one does; where the system cannot tell, a warning. The folder that was locked before is let go,
+    which is all where out_dir is None.
+    """
+    global _locked
+    before, _locked = _locked, None
+    if before is not None:
+        os.close(before)
+    if out_dir is None:
+        return
+    try:
+        if fcntl is None:
+            raise OSError(0, "this system has no flock")
+        _locked = os.open(out_dir, os.O_RDONLY)
+        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"--out_dir={out_dir}: another run is writing there; end its processes, or name another folder")
+    except OSError as e:
+        say(f"warning: nothing keeps a second run from writing to {out_dir} ({e.strerror})")
 
 
 def _checkpoints_in(folder):

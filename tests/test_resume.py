@@ -1,17 +1,20 @@
 """What a run that goes on must find again: its own checkpoints, its best model, its log; and that it writes alone."""
 import csv
+import fcntl
 import os
 import resource
+import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script, write_ids
-from test_runs import LONG, finish, kill, newest_checkpoint, read_until, same, torchrun, unbroken, weights
+from conftest import ROOT, TINY, assert_refused, run_script, write_ids
+from test_runs import LONG, children, finish, kill, newest_checkpoint, read_until, same, torchrun, unbroken, weights
 
 from data.processes import begun_before, launcher
 from data.run import Checkpoints, RunLog
@@ -302,3 +305,47 @@ def test_a_set_may_have_more_shards_than_a_process_may_have_files_open(tmp_path)
             tokens.windows([*range(299, -1, -1)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -----------------------------------------------------------------------------
+# it writes alone
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tiny, run_here):
+    run_here('train.py', *TINY, '--max_iters=4')
+    before = {path: path.read_bytes() for path in Path('out').iterdir()}
+    first = os.open('out', os.O_RDONLY)
+    fcntl.flock(first, fcntl.LOCK_EX)
+    try:
+        for init_from in ('scratch', 'resume'):
+            assert_refused(run_here('train.py', *TINY, f'--init_from={init_from}'), '--out_dir=out: another run is')
+        assert before == {path: path.read_bytes() for path in Path('out').iterdir()}
+        assert run_here('train.py', *TINY, '--eval_only=True').status == 0, "this one writes nothing"
+    finally:
+        os.close(first)
+    assert run_here('train.py', *TINY, '--init_from=resume').status == 0
+
+
+@pytest.mark.parametrize('why', ['No locks available', 'this system has no flock'])
+def test_where_nothing_can_be_locked_the_run_says_so_once_and_goes_on(why, tiny, run_here, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, why)
+    monkeypatch.setattr('data.run.fcntl', None if 'system' in why else SimpleNamespace(flock=refuse, LOCK_EX=2,
+                                                                                       LOCK_NB=4))
+    ran = run_here('train.py', *TINY)
+    assert ran.status == 0 and ran.out.count(f'keeps a second run from writing to out ({why})') == 1
+
+
+def test_processes_that_a_killed_torchrun_left_behind_are_not_joined_by_a_second_run(tiny):
+    flags = ['--max_iters=1000000', '--eval_interval=1000000', '--out_dir=out']
+    first, workers = torchrun(*flags), []
+    try:
+        read_until(first, 'iter 6:')
+        workers = children(first.pid)
+        os.kill(first.pid, signal.SIGKILL)
+        second = run_script('train.py', *LONG, *flags, '--init_from=resume', cwd='.', timeout=60)
+        assert_refused(second, '--out_dir=out: another run is writing there')
+    finally:
+        kill(first)
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
