@@ -50,12 +50,13 @@ class Checkpoints:
     keep_last  how many last-STEP.pt stay
     say        prints a line
     anew       whether the run began anew: then its first checkpoint takes the place of what an earlier run left here
+    newest     path of the newest last-STEP.pt that is on the disk, None until then
     """
 
     def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
         self.others = [path for path in _checkpoints_in(self.out_dir) if anew and path.exists()]
-        self.set_aside, self.said_no_room = False, False
+        self.newest, self.set_aside, self.said_no_room = None, False, False
         on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
         self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
         for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
@@ -82,6 +83,7 @@ class Checkpoints:
         try:
             self._set_aside()
             _replace(last, lambda part: _torch_save(_to_host(checkpoint, arrived, self.pinned), part))
+            self.newest = last
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
             self._forget_all_but(last, names)
