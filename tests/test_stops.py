@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -146,11 +147,12 @@ def test_a_second_ctrl_c_ends_torchrun_too_in_the_middle_of_a_long_step(tiny):
     run = torchrun(*ENDLESS, '--gradient_accumulation_steps=100000')
     read_until(run, 'step 0: train loss')
     time.sleep(0.5)
+    workers = children(run.pid)
     run.send_signal(signal.SIGINT)
     read_until(run, 'Ctrl-C once more', timeout=10)
     run.send_signal(signal.SIGINT)
     ended(run, 15)
-    assert run.returncode != 0
+    assert run.returncode != 0 and len(workers) == 2 and not any(os.path.exists(f'/proc/{pid}') for pid in workers)
 
 
 def test_a_run_that_was_asked_to_stop_is_not_started_again(tiny):
@@ -162,16 +164,32 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tiny):
     assert newest_checkpoint('out', pytest.fail)['iter_num'] == int(re.search(r'after step (\d+)', out)[1])
 
 
+def test_no_process_leaves_with_a_status_before_the_one_that_still_saves(tmp_path):
+    (tmp_path / 'leave.py').write_text(
+        "import time\nfrom pathlib import Path\nimport torch.distributed as dist\n"
+        "from data.processes import leave_group\ndist.init_process_group('gloo')\n"
+        "if dist.get_rank() == 0:\n    time.sleep(3)\n    Path('saved').touch()\n"
+        "leave_group(138, dist.group.WORLD)\n")
+    done = subprocess.run([PYTHON, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'leave.py'],
+                          cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, timeout=90)
+    assert done.returncode != 0 and (tmp_path / 'saved').exists() # torchrun would have ended the other
+
+
 def test_torchrun_is_to_be_given_the_signal_of_slurm_as_the_readme_says(tiny):
     option, = set(re.findall(r'--signals-to-handle=\S*USR1\b', (ROOT / 'README.md').read_text()))
     run = torchrun(*ENDLESS, options=('--standalone', '--max-restarts=3', option))
     read_until(run, 'iter 7:')
     workers = children(run.pid)
     run.send_signal(signal.SIGUSR1)
-    out = ended(run, 60)
+    try:
+        out = ended(run, 60)
+        assert len(workers) == 2 and not any(os.path.exists(f'/proc/{pid}') for pid in workers)
+    finally: # those of a torchrun that the signal killed are nobody's children
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert out.count('stopped by SIGUSR1') == 1 and 'resuming' not in out and run.returncode != 0
     assert newest_checkpoint('out', pytest.fail)['iter_num'] == int(re.search(r'after step (\d+)', out)[1])
-    assert len(workers) == 2 and not any(os.path.exists(f'/proc/{pid}') for pid in workers)
 
 
 # -----------------------------------------------------------------------------
