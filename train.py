@@ -8,6 +8,7 @@ Trains a GPT, on one device or, under torchrun, on many.
 
 In out_dir it leaves checkpoints, log.csv, machine.txt and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C)
 and SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
+After max_bad_steps steps in a row with a NaN or Inf it exits with status 1.
 """
 import functools
 import math
@@ -288,29 +289,39 @@ def estimate_loss():
     """
     Mean loss of eval_iters random batches of each split, the batches shared by all processes. The fast step takes small
     ones together, for which the mean of their losses is the loss: the GPU waits less between its kernels.
+    None once a stop is agreed: the random numbers are then as before, and the resumed run evaluates here.
     """
     together = max(1, 65536 // (batch_size * block_size)) if fast else 1 # 65536 tokens fill it well
     n = len(range(rank, eval_iters, world_size))
     raw_model.eval()
     forward = model.module if isinstance(model, DistributedDataParallel) else model
-    losses = {}
+    losses, rng = {}, torch.get_rng_state()
     for split in ('train', 'val'):
         mine = []
-        for first in range(0, n, together):
+        for first in stop.until_agreed(range(0, math.ceil(eval_iters / world_size), together)):
             drawn = [draw(split) for _ in range(first, min(first + together, n))]
-            mine += [evaluate(forward, *to_device(*data[split].batch(sum(drawn, []))))] * len(drawn)
+            if drawn: # another process may have one more
+                mine += [evaluate(forward, *to_device(*data[split].batch(sum(drawn, []))))] * len(drawn)
+        if stop.agreed:
+            torch.set_rng_state(rng)
+            losses = None
+            break
         losses[split] = mean_over_processes(mine)
     raw_model.train()
     return losses
 
 
 def full_val_loss():
-    """Loss over all of val.bin: every token but the first is predicted once, but for a rest shorter than T."""
+    """
+    Loss over all of val.bin: every token but the first is predicted once, but for a rest shorter than T.
+    Not of all once a stop is agreed.
+    """
     raw_model.eval()
     n, losses = data['val'].n_windows, []
-    for first in range(rank * batch_size, n, world_size * batch_size):
-        x, y = to_device(*data['val'].windows(range(first, min(first + batch_size, n))))
-        losses += [evaluate(raw_model, x, y)] * len(x)
+    for first in stop.until_agreed(range(0, n, world_size * batch_size)):
+        mine = range(first + rank * batch_size, min(first + (rank + 1) * batch_size, n))
+        if mine:
+            losses += [evaluate(raw_model, *to_device(*data['val'].windows(mine)))] * len(mine)
     raw_model.train()
     return mean_over_processes(losses)
 
@@ -381,8 +392,9 @@ if wandb_log and master:
     run_log.start_wandb(wandb_project, wandb_run_name, config, wandb_id)
 
 
-# the guard: a step whose loss or gradients are not finite changes nothing, decided on the device
-bad_in_a_row, bad_in_all = torch.zeros((), device=device), torch.zeros((), device=device)
+# the guard: a step whose loss or gradients are not finite changes nothing, decided on the device; the host looks, which
+# waits for the device, at steps that are logged, at evaluations, and every max_bad_steps steps
+bad_in_a_row, longest_row, bad_in_all = (torch.zeros((), device=device) for _ in range(3))
 
 
 def update(loss):
@@ -403,6 +415,42 @@ def update(loss):
     return bad
 
 
+def guard(last, skipped, longest):
+    """Say how many steps up to `last` were skipped; end the run, in all processes, after max_bad_steps in a row."""
+    global skipped_said
+    if skipped > skipped_said:
+        say(f"warning: {skipped - skipped_said:.0f} steps up to {last} had a NaN or Inf and were skipped")
+        skipped_said = skipped
+    if longest >= max_bad_steps:
+        end(1, f"{longest:.0f} steps in a row had a NaN or Inf; {how_to_go_on()}", final=True)
+
+
+def how_to_go_on():
+    """In words, once the last checkpoint is on the disk."""
+    if checkpoints:
+        checkpoints.wait()
+        if checkpoints.newest:
+            return f"--init_from=resume goes on from {checkpoints.newest}"
+    if init_from == 'resume':
+        return f"--init_from=resume goes on from step {first_step}"
+    return "no checkpoint is saved yet"
+
+
+def end(status, line='', final=False):
+    """The end of the run in this process; `final`: torchrun is not to start it again. All processes call this."""
+    bar.close()
+    if checkpoints:
+        checkpoints.wait()
+    if run_log:
+        run_log.finish()
+    if line and master:
+        print(line, file=sys.stderr if status == 1 else sys.stdout, flush=True)
+    if ddp:
+        leave_group(status, control, final)
+    if status:
+        sys.exit(status)
+
+
 # training
 first_step, skipped_said = step, 0
 stop = StopSignal(control)
@@ -420,9 +468,13 @@ bar = tqdm(total=max_iters, initial=step, disable=not master, unit='step', dynam
            mininterval=0.5 if sys.stderr.isatty() else 30)
 timed_from, timed_step = time.perf_counter(), step
 while True:
-    # evaluate, and keep what is good
-    if eval_only or not evaluated and (step % eval_interval == 0 or step >= max_iters):
+    # evaluate, and keep what is good; a stop saves without
+    due, losses = step % eval_interval == 0 or step >= max_iters, None
+    if due or stop.agreed or step % max_bad_steps == 0:
+        guard(step - 1, *torch.stack([bad_in_all, longest_row]).tolist())
+    if eval_only or due and not (evaluated or stop.agreed):
         losses = estimate_loss()
+    if losses:
         say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         log(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(step))
         if eval_only:
@@ -430,7 +482,7 @@ while True:
         evaluated, is_best = True, losses['val'] < best_val_loss # a NaN is not
         if is_best:
             best_val_loss = losses['val']
-        if step > first_step or is_best and step > 0: # a resumed run may find the best where it begins
+        if step > 0: # also where a resumed run begins: it may be its best, and a stop leaves a step without evaluation
             names = ['ckpt.pt', 'best.pt'] if is_best else ['ckpt.pt'] if always_save_checkpoint else []
             save_checkpoint(*names)
         if master:
@@ -463,12 +515,13 @@ while True:
         x, y = train_batch(next_places)
     bad = fast_step.update() if fast else update(total)
     bad_in_a_row.add_(1).mul_(bad)
+    torch.maximum(longest_row, bad_in_a_row, out=longest_row)
     bad_in_all.add_(bad)
 
     # say how it goes
     if step % log_interval == 0:
         # waits for the device, once; the loss is of this process's last micro-batch, as nanoGPT prints it
-        loss, skipped, in_a_row = torch.stack([loss.detach(), bad_in_all, bad_in_a_row]).tolist()
+        loss, skipped, longest = torch.stack([loss.detach(), bad_in_all, longest_row]).tolist()
         dt = (time.perf_counter() - timed_from) / (step + 1 - timed_step)
         timed_from, timed_step = time.perf_counter(), step + 1
         tokens_per_s = gradient_accumulation_steps * batch_size * block_size / dt
@@ -481,25 +534,16 @@ while True:
             mfu=round(mfu, 4) if mfu >= 0 else None)
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s" + (f", mfu {mfu:.1%}" if mfu >= 0 else ""),
                             refresh=False)
-        if skipped > skipped_said:
-            say(f"warning: {skipped - skipped_said:.0f} steps up to {step} had a NaN or Inf and were skipped")
-            skipped_said = skipped
-        if in_a_row >= max_bad_steps:
-            sys.exit(f"{in_a_row:.0f} steps in a row had a NaN or Inf; the last good checkpoint is in {out_dir}")
+        guard(step, skipped, longest)
     step += 1
     bar.update()
     stop.agree()
 bar.close()
 if full_val and not stop.agreed:
-    say(f"val loss over all of val.bin: {full_val_loss():.4f}")
-if checkpoints:
-    checkpoints.wait()
-if run_log:
-    run_log.finish()
-status = 128 + int(stop.agreed) if stop.agreed else 0
-if status:
-    say(f"stopped by {signal.Signals(int(stop.agreed)).name} after step {step}; --init_from=resume goes on")
-if ddp:
-    leave_group(status)
-if status:
-    sys.exit(status)
+    loss = full_val_loss()
+    if not stop.agreed:
+        say(f"val loss over all of val.bin: {loss:.4f}")
+if stop.agreed:
+    name = signal.Signals(stop.agreed).name
+    end(128 + stop.agreed, f"stopped by {name} after step {step}; {how_to_go_on()}", stop.final)
+end(0)

@@ -6,8 +6,10 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,12 +67,22 @@ def begun_before(out_dir, run_id, store, rank, world_size):
     return any([store.get(f'begun/{other}') == b'True' for other in range(world_size)])
 
 
-def leave_group(status):
+def leave_group(status, group=None, final=False):
     """
     End this process of a group, at once: a thread of the group's that asked for the interpreter while it shuts down
     would abort the process, and the run would count as failed. Its GPU ends what it has to do first, for which other
     processes' GPUs may wait, or read its memory.
+
+    status  the exit status
+    group   where given, nobody leaves before all are here, rank 0 with its checkpoint on the disk: torchrun ends the
+            others when one leaves with a status
+    final   whether torchrun is to end, too, instead of starting the run again
     """
+    if group:
+        with suppress(RuntimeError): # one of them is gone already
+            dist.barrier(group)
+    if final and 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['LOCAL_RANK'] == '0':
+        os.kill(os.getppid(), signal.SIGTERM)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     dist.destroy_process_group()
@@ -81,36 +93,66 @@ def leave_group(status):
 
 class StopSignal:
     """
-    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask the run to stop after its step; a second Ctrl-C ends it at once.
+    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask the run to stop; a second Ctrl-C ends it at once, which torchrun
+    passes on as SIGTERM. A thread hears them: a handler of Python's waits until the call into torch returns, and two
+    signals until then are one call.
 
     group    of all processes, for tensors on the CPU; None for a single process
-    agreed   () int32: the signal's number once every process knows, until then 0
+    agreed   the signal's number once every process knows, until then 0; only agree() changes it
+    final    whether the run is not to be started again by torchrun, which itself sends SIGTERM before it does so
     """
+    NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
     def __init__(self, group=None):
-        self.group, self.work = group, None
-        self.mine = torch.zeros((), dtype=torch.int32)
-        self.agreed = torch.zeros_like(self.mine) if group else self.mine
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self.group, self.work, self.asked = group, None, None
+        self.mine = self.agreed = 0
+        heard, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
 
-    def _ask(self, number, frame):
-        if number == signal.SIGINT and self.mine.item() == number:
-            os._exit(128 + number)
-        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C once more stops at once\n") # no print in a handler
-        self.mine.fill_(number)
+    def _listen(self, heard):
+        interrupted, torchrun = False, 'TORCHELASTIC_RUN_ID' in os.environ
+        with open(heard, 'rb', buffering=0) as pipe:
+            while byte := pipe.read(1): # of every signal that Python handles
+                number = byte[0]
+                if interrupted and (number == signal.SIGINT or number == signal.SIGTERM and torchrun):
+                    os._exit(128 + signal.SIGINT)
+                if number == signal.SIGINT:
+                    interrupted = True
+                    if os.environ.get('RANK', '0') == '0':
+                        os.write(2, b"\nfinishing this step, then saving; Ctrl-C once more stops at once\n")
+                if number in self.NUMBERS:
+                    self.mine = self.mine or number
+
+    @property
+    def final(self):
+        return self.agreed in (signal.SIGINT, signal.SIGUSR1)
 
     def ask_all(self):
         """Begin to find out whether any process was asked; all processes call this together, then agree()."""
         if self.group:
-            self.agreed.copy_(self.mine)
-            self.work = dist.all_reduce(self.agreed, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.asked = torch.tensor(self.mine, dtype=torch.int32)
+            self.work = dist.all_reduce(self.asked, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
     def agree(self):
         """Wait for the others' answers; SystemExit with one line where one of them is gone."""
-        if self.group:
-            try:
-                self.work.wait()
-            except RuntimeError as e:
-                sys.exit(f"another process of this run is gone, its own message says why ({str(e).splitlines()[0]})")
+        if not self.group:
+            self.agreed = self.mine
+            return
+        try:
+            self.work.wait()
+        except RuntimeError as e:
+            sys.exit(f"another process of this run is gone, its own message says why ({str(e).splitlines()[0]})")
+        self.agreed = self.asked.item()
+
+    def until_agreed(self, items):
+        """The items, as many in every process, one after the other, but no more once a stop is agreed."""
+        for item in items:
+            self.ask_all()
+            yield item
+            self.agree()
+            if self.agreed:
+                return

@@ -56,12 +56,13 @@ class Checkpoints:
     keep_last  how many last-STEP.pt stay
     say        prints a line
     anew       whether the run began anew: then its first checkpoint takes the place of what an earlier run left here
+    newest     path of the newest last-STEP.pt that is on the disk, None until then
     """
 
     def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
         self.others = [path for path in _checkpoints_in(self.out_dir) if anew and path.exists()]
-        self.said_no_room = False
+        self.newest, self.said_no_room = None, False
         on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
         self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
         try:
@@ -91,6 +92,7 @@ class Checkpoints:
         try:
             self._set_aside()
             _replace(last, lambda part: self._take_the_place(_to_host(checkpoint, arrived, self.pinned), part))
+            self.newest = last
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
             self._forget_all_but(last)

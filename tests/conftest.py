@@ -81,6 +81,9 @@ def run_here(monkeypatch, capsys):
             names = run_as_main(script)
         except SystemExit as e: # the interpreter would print a text and exit with 1
             status, last_line = (1, f'{e.code}\n') if isinstance(e.code, str) else (e.code or 0, '')
+        pipe = signal.set_wakeup_fd(-1)
+        if pipe >= 0: # the run's thread that listened ends with it
+            os.close(pipe)
         out, err = capsys.readouterr()
         return Ran(status, out, err + last_line, names)
     yield run
