@@ -3,7 +3,8 @@ Trains a GPT, on one device or, under torchrun, on many.
 
     python train.py config/train_shakespeare_char.py --batch_size=32
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=NAME --rdzv_endpoint=HOST:29400 \
+        train.py config/train_gpt2.py
 
 In out_dir it leaves checkpoints, log.csv, machine.txt and loss.png; data/run.py says which. SIGTERM, SIGINT (Ctrl-C)
 and SIGUSR1 let it finish its step, save, and exit with status 128 + the signal's number; a second Ctrl-C stops at once.
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from configurator import choose, configure
 from data.processes import StopSignal, begun_before, fresh_store, launcher, leave_group
-from data.run import Checkpoints, RunLog, explain_error, known_heads, newest_checkpoint
+from data.run import Checkpoints, RunLog, explain_error, known_heads, lock, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep
@@ -137,6 +138,7 @@ elif ddp and begun_before(out_dir, run_id, store, rank, world_size):
     found = newest_checkpoint(out_dir, say)
     if found.get('run_id') == run_id: # torchrun started this run again: it goes on, whatever it began from
         init_from, checkpoint = 'resume', found
+run_id = run_id or checkpoint.get('run_id', '') # of torchrun's run that goes on without it
 config.update(known_heads(init_from, checkpoint))
 choose(config)
 device, dtype, fast, compile, TK_kernel = (config[k] for k in ('device', 'dtype', 'fast', 'compile', 'TK_kernel'))
@@ -157,6 +159,8 @@ if master:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as e:
         sys.exit(f"--out_dir={out_dir}: {e.strerror}")
+    if not eval_only:
+        lock(out_dir, say)
 torch.manual_seed(seed + rank)
 torch.set_float32_matmul_precision('high') # float32 matmuls in TF32 on GPUs that have it
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
@@ -239,7 +243,8 @@ optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, 
                                            AdamW if fast and init_from != 'resume' else torch.optim.AdamW)
 
 # where the run stands
-step, best_val_loss, resumed = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', 1e9), {}
+step, best_val_loss, resumed = checkpoint.get('iter_num', 0), float(checkpoint.get('best_val_loss', 1e9)), {}
+best_val_loss = best_val_loss if math.isfinite(best_val_loss) else 1e9
 if init_from == 'resume':
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -253,8 +258,8 @@ if init_from == 'resume':
         scaler.load_state_dict(checkpoint['scaler'])
     states = checkpoint.get('ranks', [])
     resumed = states[rank] if len(states) == world_size else {}
-best_val_loss, mfu, wandb_id = float(best_val_loss), checkpoint.get('mfu', -1.0), checkpoint.get('wandb_id')
-evaluated = bool(resumed) and checkpoint.get('evaluated', False) # the run that saved this had just evaluated
+mfu, wandb_id = checkpoint.get('mfu', -1.0), checkpoint.get('wandb_id')
+evaluated = checkpoint.get('evaluated', False) # the run that saved this had just evaluated
 checkpoint = None # free its memory
 fast_step = None
 if fast:
@@ -366,7 +371,7 @@ def save_checkpoint(*names):
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
         'model_args': raw_model.config.model_args(), 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
         'gelu': raw_model.config.gelu, 'tokenizer': meta, 'scaler': scaler.state_dict(), 'ranks': states, 'mfu': mfu,
-        'evaluated': evaluated, 'run_id': run_id, 'wandb_id': run_log.wandb_run.id if run_log.wandb_run else None,
+        'evaluated': evaluated, 'run_id': run_id, 'wandb_id': run_log.wandb_run.id if run_log.wandb_run else wandb_id,
     }, names)
 
 
@@ -472,9 +477,10 @@ while True:
         log(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(step))
         if eval_only:
             break
-        is_best = losses['val'] < best_val_loss
-        best_val_loss, evaluated = min(losses['val'], best_val_loss), True
-        if step > 0: # also at the step that a stop left without its evaluation
+        evaluated, is_best = True, losses['val'] < best_val_loss # a NaN is not
+        if is_best:
+            best_val_loss = losses['val']
+        if step > 0: # also where a resumed run begins: it may be its best, and a stop leaves a step without evaluation
             names = ['ckpt.pt', 'best.pt'] if is_best else ['ckpt.pt'] if always_save_checkpoint else []
             save_checkpoint(*names)
         if master:

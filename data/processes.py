@@ -50,7 +50,8 @@ def launcher():
 
 def begun_before(out_dir, run_id, store, rank, world_size):
     """
-    Whether a last-*.pt in out_dir is of this very launch of torchrun: it was saved while the agent of one of the
+    Whether a last-*.pt in out_dir is of this run: an --rdzv_id that was given names it, also when torchrun is launched
+    anew after a node's death. Without one it is of this very launch: it was saved while the agent of one of the
     processes, which all call this, was there. The count of restarts does not tell: it stays 0 when a node joins.
     """
     mine = False
@@ -61,7 +62,7 @@ def begun_before(out_dir, run_id, store, rank, world_size):
             continue
         ranks = saved.get('ranks') if isinstance(saved.get('ranks'), list) else []
         ours = any(isinstance(state, dict) and state.get('launcher') == launcher() for state in ranks)
-        mine = mine or bool(run_id) and saved.get('run_id') == run_id and ours
+        mine = mine or bool(run_id) and saved.get('run_id') == run_id and (ours or run_id != 'none')
     store.set(f'begun/{rank}', str(mine))
     return any([store.get(f'begun/{other}') == b'True' for other in range(world_size)])
 

@@ -9,7 +9,8 @@ What a run leaves in out_dir, and how it is read again.
     loss.png        the loss curves so far
 
 A run that begins anew in an old one's folder starts log.csv again, and its first checkpoint takes the place of those
-that the old one left. They move to earlier/ if one of them was a ckpt.pt, in the place of what was there.
+that the old one left. They move to earlier/: in the place of what was there if one of them was a ckpt.pt, else beside
+it. At no moment do the checkpoints of two runs stand in one folder: a restart goes on from its own or not at all.
 
 A checkpoint is a dict with nanoGPT's model, optimizer, model_args, iter_num, best_val_loss and config; what is
 ours stands beside these keys, and nanoGPT does not look at it. A file is written whole or not at all, checked
@@ -29,6 +30,11 @@ import zipfile
 import zlib
 from itertools import accumulate
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError: # Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -56,11 +62,14 @@ class Checkpoints:
     def __init__(self, out_dir, keep_last, say, anew):
         self.out_dir, self.keep_last, self.say, self.thread = Path(out_dir), keep_last, say, None
         self.others = [path for path in _checkpoints_in(self.out_dir) if anew and path.exists()]
-        self.newest, self.set_aside, self.said_no_room = None, False, False
+        self.newest, self.said_no_room = None, False
         on_gpu = torch.cuda.is_initialized() # pinned here: to ask for it later would stop what runs on the GPU
         self.pinned = torch.empty(PINNED_bytes, dtype=torch.uint8, pin_memory=True) if on_gpu else None
-        for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
-            part.unlink(missing_ok=True)
+        try:
+            for part in self.out_dir.glob('*.part'): # a run was killed while it wrote
+                part.unlink(missing_ok=True)
+        except OSError as e:
+            say(f"warning: {part} of a run that was killed stays ({e.strerror})")
 
     def save(self, checkpoint, names):
         """Copy the checkpoint as it is now, and write it as last-STEP.pt and under each of `names`."""
@@ -82,33 +91,45 @@ class Checkpoints:
         last = self.out_dir / f"last-{checkpoint['iter_num']:08d}.pt"
         try:
             self._set_aside()
-            _replace(last, lambda part: _torch_save(_to_host(checkpoint, arrived, self.pinned), part))
+            _replace(last, lambda part: self._take_the_place(_to_host(checkpoint, arrived, self.pinned), part))
             self.newest = last
             for name in names:
                 _replace(self.out_dir / name, lambda part: _link(last, part))
-            self._forget_all_but(last, names)
+            self._forget_all_but(last)
         except (OSError, RuntimeError) as e: # torch.save turns a full disk into a RuntimeError
             reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             self.say(f"warning: no checkpoint at step {checkpoint['iter_num']} ({reason}); the earlier ones are whole")
 
     def _set_aside(self):
-        """A second name in earlier/ for a model that an earlier run left here, while none has been taken yet."""
-        if not self.set_aside and any(path.name == 'ckpt.pt' for path in self.others):
-            folder = self.out_dir / 'earlier'
+        """
+        A second name in earlier/ for what an earlier run left here. If a model is among it, it takes the place of what
+        was there; if the run had got to no evaluation yet, it goes beside that, under names that nothing else has.
+        """
+        self.others, folder = [path for path in self.others if path.exists()], self.out_dir / 'earlier'
+        has_model = any(path.name == 'ckpt.pt' for path in self.others)
+        new = {folder / (path.name if has_model else f'{path.stem}-{path.stat().st_mtime_ns}.pt'): path
+               for path in self.others}
+        if new:
             folder.mkdir(exist_ok=True)
-            for path in self.others:
-                _replace(folder / path.name, lambda part, path=path: _link(path, part))
-            for path in {*_checkpoints_in(folder)} - {folder / path.name for path in self.others}:
-                path.unlink(missing_ok=True)
-            self.set_aside = True # once: a save that fails half-way leaves names that are this run's already
-            self.say(f"the checkpoints of an earlier run here are in {folder} now")
+        for name, path in new.items():
+            _replace(name, lambda part, path=path: _link(path, part))
+        for path in {*_checkpoints_in(folder)} - {*new} if has_model else ():
+            path.unlink(missing_ok=True)
 
-    def _forget_all_but(self, last, names):
-        """Unlink the oldest, and what would be taken for newer than `last` but is another run's or was passed over."""
+    def _take_the_place(self, checkpoint, part):
+        """Write `part`, which is renamed next, and only then unlink what an earlier run left here."""
+        _torch_save(checkpoint, part)
+        for path in self.others:
+            path.unlink(missing_ok=True)
+        if self.others:
+            self.say(f"the checkpoints of an earlier run here are in {self.out_dir / 'earlier'} now")
+        self.others = []
+
+    def _forget_all_but(self, last):
+        """Unlink the oldest, and what would be taken for newer than `last` but was passed over."""
         lasts = sorted(self.out_dir.glob('last-*.pt'))
         n = lasts.index(last) + 1
-        others, self.others = [path for path in self.others if path.name not in (last.name, *names)], []
-        for path in lasts[:n][:-self.keep_last] + lasts[n:] + others:
+        for path in lasts[:n][:-self.keep_last] + lasts[n:]:
             path.unlink(missing_ok=True)
 
 
@@ -119,6 +140,7 @@ def _replace(path, write):
         part.unlink(missing_ok=True)
         write(part)
         os.replace(part, path)
+        part.unlink(missing_ok=True) # two names of one file: the rename did nothing
     except (OSError, RuntimeError):
         try:
             part.unlink(missing_ok=True)
@@ -207,6 +229,32 @@ def _as_bytes(t):
     return t.reshape(-1).view(torch.uint8)
 
 
+_locked = None # the folder that this process holds, open: the lock ends with the process, however that ends
+
+
+def lock(out_dir, say):
+    """
+    Keep other runs from writing to out_dir, which exists: a killed torchrun may leave its processes behind. SystemExit
+    with one line where one does; where the system cannot tell, a warning. The folder that was locked before is let go,
+    which is all where out_dir is None.
+    """
+    global _locked
+    before, _locked = _locked, None
+    if before is not None:
+        os.close(before)
+    if out_dir is None:
+        return
+    try:
+        if fcntl is None:
+            raise OSError(0, "this system has no flock")
+        _locked = os.open(out_dir, os.O_RDONLY)
+        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"--out_dir={out_dir}: another run is writing there; end its processes, or name another folder")
+    except OSError as e:
+        say(f"warning: nothing keeps a second run from writing to {out_dir} ({e.strerror})")
+
+
 def _checkpoints_in(folder):
     return [folder / 'ckpt.pt', folder / 'best.pt', *folder.glob('last-*.pt')]
 
@@ -220,10 +268,13 @@ def newest_checkpoint(out_dir, say):
     for path in _checkpoints_in(Path(out_dir)):
         try:
             checkpoint = load_checkpoint(path)
-            found.append((checkpoint['iter_num'], path.name, checkpoint))
+            step = checkpoint.get('iter_num')
+            if type(step) is not int or step < 0:
+                raise ValueError(f"its iter_num is {str(step)[:20]}")
+            found.append((step, path.name, checkpoint))
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError, TypeError) as e:
+        except ValueError as e:
             say(f"warning: {path} is not a whole checkpoint ({e}); it is passed over")
     for step, name, checkpoint in sorted(found, key=lambda entry: entry[:2], reverse=True):
         why_not = _why_damaged(Path(out_dir, name))
@@ -332,8 +383,12 @@ class RunLog:
         if out_dir is None:
             return
         self.csv_path, self.png_path = Path(out_dir, 'log.csv'), Path(out_dir, 'loss.png')
-        self.rows = self._read(first_step) if first_step else []
-        self._write('w', [dict(zip(self.FIELDS, self.FIELDS)), *self.rows])
+        try:
+            self.rows = self._read(first_step) if first_step else []
+            header = dict(zip(self.FIELDS, self.FIELDS))
+            _replace(self.csv_path, lambda part: self._write(part, 'w', [header, *self.rows]))
+        except OSError as e:
+            self._warn(f"{self.csv_path}: {e.strerror}")
         try:
             with open(Path(out_dir, 'machine.txt'), 'a' if first_step else 'w') as f:
                 f.write(f"step {first_step}: {machine()}\n")
@@ -341,27 +396,28 @@ class RunLog:
             self._warn(f"{out_dir}/machine.txt: {e.strerror}")
 
     def _read(self, first_step):
+        """The rows before first_step; of that step, only its evaluation has been. Spoiled lines are left out."""
         if not self.csv_path.exists():
             return []
-        with open(self.csv_path, newline='', encoding='utf-8', errors='replace') as f:
-            lines = (line.replace('\0', '') for line in f)
-            rows = [{k: row.get(k) for k in self.FIELDS} for row in csv.DictReader(lines)]
-        kept = []
-        for row in rows:
-            try: # a line that the disk or a kill spoiled is left out
-                step, _ = int(row['step']), [float(value) for value in row.values() if value]
-                at_first = step == first_step and row['val_loss'] # of the first step, only its evaluation has been
-                kept += [row] if step < first_step or at_first else []
-            except (TypeError, ValueError):
-                pass
+        kept, unreadable = [], 0
+        for line in self.csv_path.read_text(encoding='utf-8', errors='replace').splitlines()[1:]:
+            values = line.split(',') # no csv.reader: to it, one quote that the disk made would swallow what follows
+            try:
+                row = dict(zip(self.FIELDS, values, strict=True))
+                step, _ = int(row['step']), [float(value) for value in values if value]
+                kept += [row] if step < first_step or step == first_step and row['val_loss'] else []
+            except ValueError:
+                unreadable += 1
+        if unreadable:
+            self._warn(f"{self.csv_path}: {unreadable} rows that cannot be read are left out")
         return kept
 
-    def _write(self, mode, rows):
-        try:
-            with open(self.csv_path, mode, newline='') as f:
-                csv.DictWriter(f, self.FIELDS).writerows(rows)
-        except OSError as e:
-            self._warn(f"{self.csv_path}: {e.strerror}")
+    def _write(self, path, mode, rows):
+        with open(path, mode, newline='') as f:
+            csv.DictWriter(f, self.FIELDS).writerows(rows)
+            f.flush()
+            if mode == 'w':
+                os.fsync(f.fileno())
 
     def _warn(self, line):
         if line not in self.warned: # once
@@ -384,8 +440,11 @@ class RunLog:
     def add(self, row):
         """One row, a dict of some of FIELDS."""
         self.rows.append(row)
-        if self.csv_path:
-            self._write('a', [row])
+        try:
+            if self.csv_path:
+                self._write(self.csv_path, 'a', [row])
+        except OSError as e:
+            self._warn(f"{self.csv_path}: {e.strerror}")
         if self.wandb_run:
             self.wandb_run.log({k: v for k, v in row.items() if v is not None}, step=row['step'])
 

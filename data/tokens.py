@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 CHECK_AT_START_tokens = 50_000_000 # of a file; a fraction of a second
+OPEN_AT_ONCE_files = 64 # of a split; some systems allow a process 256
 SHARD_MAGIC, SHARD_HEADER_bytes = 20240520, 1024 # llm.c's .bin header: magic, version, count, ..., 256 int32
 
 
@@ -65,7 +66,9 @@ class Tokens:
         self.dtype = np.dtype(read_meta(folder).get('dtype', 'uint16'))
         self.headers = [self._header_bytes(path) for path in self.paths]
         lengths = [self._length(p, h) for p, h in zip(self.paths, self.headers)]
-        self.files = [open(path, 'rb', buffering=0) for path in self.paths]
+        self.files = {} # the newest opened, by their place in paths
+        for i in range(min(len(self.paths), OPEN_AT_ONCE_files)):
+            self._file(i)
         self.n_tokens = sum(lengths)
         # a sequence lies inside one file and needs one more token, the last target
         self.first_start = np.cumsum([0] + [max(0, n - block_size) for n in lengths]) # starts before each file
@@ -119,18 +122,31 @@ class Tokens:
 
     def _read(self, files, offsets):
         read = np.empty((len(offsets), self.block_size + 1), dtype=self.dtype)
-        for row, file, offset in zip(read, files, offsets):
-            self.files[file].seek(self.headers[file] + offset * self.dtype.itemsize)
-            if self.files[file].readinto(row) != row.nbytes:
-                sys.exit(f"{self.paths[file]}: shorter than it was at the start; prepare the data again")
+        for row, i, offset in zip(read, files, offsets):
+            file = self._file(i)
+            file.seek(self.headers[i] + offset * self.dtype.itemsize)
+            if file.readinto(row) != row.nbytes:
+                sys.exit(f"{self.paths[i]}: shorter than it was at the start; prepare the data again")
         if read.max(initial=0) >= self.vocab_size:
-            for row, file in zip(read, files):
-                self._check(self.paths[file], row)
+            for row, i in zip(read, files):
+                self._check(self.paths[i], row)
         ids = torch.from_numpy(read.astype(np.int64))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous() # (B, T) each
 
+    def _file(self, i):
+        """paths[i], open; many files take turns, for a process may have so many open and no more."""
+        if i not in self.files:
+            try:
+                opened = open(self.paths[i], 'rb', buffering=0)
+            except OSError as e:
+                sys.exit(f"{self.paths[i]}: {e.strerror}")
+            if len(self.files) >= OPEN_AT_ONCE_files:
+                self.files.pop(next(iter(self.files))).close() # the one that has been open for longest
+            self.files[i] = opened
+        return self.files[i]
+
     def __del__(self):
-        for file in getattr(self, 'files', []):
+        for file in getattr(self, 'files', {}).values():
             file.close()
 
     def _check(self, path, ids):

@@ -56,6 +56,15 @@ def run_script(script, *flags, cwd=ROOT, timeout=120, env=None, python=()):
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
+def run_as_main(script):
+    """Its globals. Its folder is let go, as at the end of a process."""
+    import data.run
+    try:
+        return runpy.run_path(str(ROOT / script), run_name='__main__')
+    finally:
+        data.run.lock(None, print)
+
+
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """Run a script in this process, where torch is loaded already: a traceback fails the test by itself."""
@@ -69,7 +78,7 @@ def run_here(monkeypatch, capsys):
         capsys.readouterr()
         status, last_line, names = 0, '', {}
         try:
-            names = runpy.run_path(str(ROOT / script), run_name='__main__')
+            names = run_as_main(script)
         except SystemExit as e: # the interpreter would print a text and exit with 1
             status, last_line = (1, f'{e.code}\n') if isinstance(e.code, str) else (e.code or 0, '')
         pipe = signal.set_wakeup_fd(-1)

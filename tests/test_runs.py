@@ -228,14 +228,13 @@ def test_the_first_checkpoint_of_a_new_run_takes_the_place_of_an_old_runs(left, 
     new.save({'iter_num': 5}, [])
     new.wait()
     assert newest_checkpoint(tmp_path, print)['iter_num'] == 5
-    assert bool(left) == (tmp_path / 'earlier').exists() # a model that was sampled from yesterday is not lost
-    if left:
-        assert newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 100
+    assert newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 100
+    if left: # a model that was sampled from yesterday is not lost
         assert torch.load(tmp_path / 'earlier' / 'ckpt.pt')['iter_num'] == 100
     another = Checkpoints(tmp_path, 2, print, anew=True) # after a run that left no ckpt.pt
     another.save({'iter_num': 7}, ['ckpt.pt'])
     another.wait()
-    assert not left or newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 100
+    assert newest_checkpoint(tmp_path / 'earlier', pytest.fail)['iter_num'] == 100
     final = Checkpoints(tmp_path, 2, print, anew=True)
     final.save({'iter_num': 3}, ['ckpt.pt'])
     final.wait()
@@ -490,14 +489,14 @@ def test_a_launch_knows_its_own_checkpoints_and_all_processes_heed_the_one_that_
         for rank in range(1, len(asked)):
             store.set(f'begun/{rank}', str(asked[rank]))
         return begun_before(tmp_path, asked[0], store, 0, len(asked))
-    assert not begun('run')
+    assert not begun('none')
     ours = {'launcher': launcher()}
-    for run_id, ranks, goes_on in (('run', [ours], True), ('run', [{}, ours], True), ('other', [ours], False),
-                                   ('run', [{'launcher': 'another'}], False), ('run', [], False), ('run', 3, False),
-                                   ('run', [4], False), ('', [ours], False)):
+    for run_id, ranks, goes_on in (('none', [ours], True), ('none', [{}, ours], True), ('other', [ours], False),
+                                   ('none', [{'launcher': 'another'}], False), ('none', [], False), ('none', 3, False),
+                                   ('none', [4], False), ('', [ours], False)):
         torch.save({'run_id': run_id, 'ranks': ranks}, tmp_path / 'last-00000005.pt')
-        assert begun('run') == goes_on, (run_id, ranks)
-    assert begun('run', True), "another process knows it"
+        assert begun('none') == goes_on, (run_id, ranks)
+    assert begun('none', True), "another process knows it"
     assert not begun('', False), "not under torchrun"
     (tmp_path / 'last-00000009.pt').write_bytes(b'damaged')
-    assert not begun('run')
+    assert not begun('none')
