@@ -12,7 +12,6 @@ import os
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 
 MASTER = int(os.environ.get('RANK', 0)) == 0 # under torchrun one process speaks for all
 BUILD_KERNEL = 'python ThunderKittens/examples/attn_causal/h100_fwd_setup.py build'
@@ -69,13 +68,16 @@ def _from_file(path, settings):
     except Exception as e: # the file is a program of the user's: whatever it raises is named and ends the run
         line = e.__traceback__.tb_next.tb_lineno if e.__traceback__.tb_next else 0
         sys.exit(f"{path}:{line}: {type(e).__name__}: {e}")
-    return [(k, v) for k, v in scope.items() if not k.startswith('_') and not isinstance(v, ModuleType)]
+    return [(k, v) for k, v in scope.items() # a helper's value or function is none of the settings
+            if k in settings or isinstance(v, (bool, int, float, str)) and not k.startswith('_')]
 
 
 def _check(arg, key, value, settings, namespace, auto):
     if key not in settings:
         near = get_close_matches(key, settings, n=1)
-        sys.exit(f"{arg}: unknown setting {key!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all"))
+        helper = "" if arg.startswith('--') else "; a helper's name begins with _"
+        sys.exit(f"{arg}: unknown setting {key!r}"
+                 + (f", did you mean {near[0]!r}?" if near else f"; --help lists all{helper}"))
     if key in auto and value == 'auto':
         return value
     want, like = (auto[key], "'auto' or " + auto[key].__name__) if key in auto else (type(namespace[key]), None)

@@ -32,6 +32,7 @@ from ThunderKittens.examples.decode import why_unavailable as why_no_step
 from configurator import choose, configure
 from data.bins import make_folder
 from data.curves import write_section
+from data.run import check_init_from
 from data.run import commit as this_commit
 from data.tokens import tokenizer
 from model import GPT, GPTConfig
@@ -61,6 +62,8 @@ for _name, _one, _like in (('sizes', r'[1-9]\d*x[1-9]\d*x[1-9]\d*', '24x16x1024 
                           ('batches', r'[1-9]\d*', '1 4 16'), ('prompts', r'[1-9]\d*', '1 512')):
     if not re.fullmatch(rf'{_one}( {_one})*', config[_name]):
         sys.exit(f"--{_name} must be like {_like!r}, not {config[_name]!r}")
+if not bench:
+    check_init_from(init_from)
 choose(config, for_training=False)
 device, dtype = config['device'], config['dtype']
 device_type = torch.device(device).type
@@ -110,9 +113,9 @@ def compare():
         sys.exit(f"--init_from={init_from}: {e}")
     if not prompt or max(prompt) >= model.config.vocab_size:
         sys.exit(f"--start must hold tokens below the model's vocab_size={model.config.vocab_size}, got {prompt[:10]}")
-    if dtype != 'float32':
-        model.cast_linears(getattr(torch, dtype))
     print(f"{init_from}: {model.get_num_params() / 1e6:.1f}M parameters, {len(prompt)} tokens to start from")
+    if dtype != 'float32':
+        model.cast_linears(getattr(torch, dtype)) # the head's copy is no parameter more
 
     def run(generate, kernel=False):
         """(the new tokens' ids, tokens per second) with the kernel or with torch's attention."""

@@ -7,6 +7,7 @@ The ThunderKittens kernel enters at one line of CausalSelfAttention; everything 
 ThunderKittens/examples/attn_causal, and how a token is drawn and text grows in ThunderKittens/examples/decode.
 """
 import inspect
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -284,6 +285,7 @@ class GPT(nn.Module):
         from transformers import logging as transformers_logging
         transformers_logging.set_verbosity_error() # its own notices are for users of transformers
         transformers_logging.disable_progress_bar()
+        logging.getLogger('huggingface_hub').setLevel(logging.ERROR) # the line below says what came of its tries
         try:
             hf = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32)
         except OSError as e:

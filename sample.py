@@ -10,6 +10,7 @@ All samples grow in one batch. A sample depends on seed, its number and its prom
 """
 import sys
 import time
+from bisect import bisect_left
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -42,6 +43,8 @@ for _name, _least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature',
         sys.exit(f"--{_name} must be at least {_least}, not {config[_name]}")
 if seed >= 2**63:
     sys.exit(f"--seed must be below {2**63}, not {seed}")
+if 0 < temperature < 1e-6:
+    sys.exit(f"--temperature must be 0, for the likeliest token, or at least 1e-6, not {temperature}")
 if not 0 <= top_p <= 1:
     sys.exit(f"--top_p must be at least 0 and at most 1, not {top_p}")
 stop = stop.replace('\\n', '\n')
@@ -55,7 +58,7 @@ if start.startswith(('FILE:', 'LINES:')):
         text = Path(path).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:
         sys.exit(f"--start={start}: {getattr(e, 'strerror', None) or 'not UTF-8 text'}")
-    starts = text.splitlines() if kind == 'LINES' else [text]
+    starts = text.removesuffix('\n').split('\n') if kind == 'LINES' else [text]
 
 # the model and its tokenizer
 model, meta = load_model(config)
@@ -66,8 +69,9 @@ try:
     prompts = [encode(text) for text in starts]
 except ValueError as e:
     sys.exit(f"--start: {e}")
-if not prompts or not all(prompts):
-    sys.exit("--start must hold at least one character, got an empty text")
+if not all(prompts):
+    line = f" in line {prompts.index([]) + 1}" if len(prompts) > 1 else ""
+    sys.exit(f"--start must hold at least one character, got an empty text{line}")
 if max(map(max, prompts)) >= model.config.vocab_size:
     sys.exit(f"--start: token {max(map(max, prompts))} is not below the model's vocab_size={model.config.vocab_size}"
              + ("" if init_from == 'resume' else "; a folder's model is read with GPT-2's tokens"))
@@ -137,5 +141,5 @@ print('\n---------------')
 for ids, row in list(zip(texts, rows))[1:]:
     print(decode(ids) + text_of(row)[0])
     print('---------------')
-n = sum(map(len, rows))
+n = sum(bisect_left(range(len(row)), True, key=lambda n: text_of(row[:n])[1]) for row in rows) # up to the stop
 print(f"{n:,} tokens in {took_s:.1f} s, {n / took_s:,.0f} tokens/s", file=sys.stderr)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from configurator import choose, configure
 from data.processes import StopSignal, begun_before, fresh_store, launcher, leave_group
-from data.run import Checkpoints, RunLog, explain_error, known_heads, lock, newest_checkpoint
+from data.run import Checkpoints, RunLog, check_init_from, explain_error, known_heads, lock, newest_checkpoint
 from data.tokens import Tokens, read_meta
 from model import GPT, GPTConfig
 from ThunderKittens.examples.gpt2_step import AdamW, TrainStep
@@ -121,10 +121,7 @@ def check_settings():
                           ('residual', ('float32', 'bfloat16'))):
         if config[name] not in allowed:
             sys.exit(f"--{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {config[name]!r}")
-    if init_from not in ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') \
-            and not Path(init_from).is_dir():
-        sys.exit("--init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder in "
-                 f"transformers' format, not {init_from!r}")
+    check_init_from(init_from, 'scratch', 'resume')
 
 
 check_settings()

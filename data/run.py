@@ -289,11 +289,23 @@ def read_checkpoint(path):
     try:
         checkpoint = load_checkpoint(path)
     except FileNotFoundError:
-        sys.exit(f"{path}: no checkpoint there; train first, or name another --out_dir")
+        hint = "train first, or name another --out_dir"
+        if any(path.parent.glob('last-*.pt')):
+            hint = "but a run that was stopped before its first: --init_from=resume of train.py goes on with it"
+        elif (path.parent / 'earlier' / path.name).exists():
+            hint = f"but in {path.parent / 'earlier'}, of an earlier run"
+        sys.exit(f"{path}: no checkpoint there; {hint}")
     except ValueError as e:
         sys.exit(f"{path}: {e}")
     why_not = _why_damaged(path)
     return sys.exit(f"{path}: damaged ({why_not})") if why_not else checkpoint
+
+
+def check_init_from(init_from, *more):
+    """SystemExit with one line where it is neither one of `more` nor a GPT-2: nothing is looked for in the network."""
+    allowed = [*more, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl']
+    if init_from not in allowed and not Path(init_from).is_dir():
+        sys.exit(f"--init_from must be {', '.join(allowed)} or a folder in transformers' format, not {init_from!r}")
 
 
 def load_model(config):
@@ -305,6 +317,7 @@ def load_model(config):
     raises   SystemExit with one line where there is no such model
     """
     init_from, resume = config['init_from'], config['init_from'] == 'resume'
+    check_init_from(init_from, 'resume')
     checkpoint = read_checkpoint(Path(config['out_dir'], 'ckpt.pt')) if resume else {}
     config.update(known_heads(init_from, checkpoint))
     choose(config, for_training=False)
@@ -319,7 +332,13 @@ def load_model(config):
 def how_read(checkpoint):
     """The meta of a checkpoint's tokens; one of nanoGPT's own has none: the data set that it names says it."""
     meta = checkpoint.get('tokenizer')
-    return read_meta(Path('data', str(checkpoint.get('config', {}).get('dataset', '')))) if meta is None else meta
+    if meta is not None:
+        return meta
+    dataset = Path('data', str(checkpoint.get('config', {}).get('dataset', '')))
+    meta, vocab_size = read_meta(dataset), checkpoint['model_args']['vocab_size']
+    if not meta and vocab_size < 50257:
+        sys.exit(f"{dataset}/meta.pkl is not there, which says what the model's {vocab_size} tokens are: prepare it")
+    return meta
 
 
 def known_heads(init_from, checkpoint):

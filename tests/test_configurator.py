@@ -202,11 +202,16 @@ def test_a_flag_without_a_value_is_refused():
     ("x = 1\nbatch_size = nowhere", ":2: NameError: name 'nowhere' is not defined"),
     (b"batch_size = 3 # \xe9t\xe9", ": not UTF-8 text"),
     (b"batch_size = 3\0", ""),
-    ("def helper():\n    pass", ": unknown setting 'helper'"),
+    ("for n in (1, 2):\n    n_layer = n", ": unknown setting 'n'; --help lists all; a helper's name begins with _"),
 ])
 def test_a_broken_config_file_is_named_with_its_line(text, words, file):
     path = file(text)
     assert refusal(path).startswith(path + words)
+
+
+def test_a_config_file_may_import_and_define_as_nanogpts_may(file):
+    text = "from datetime import datetime\nimport math\ndef half(n):\n    return n // 2\n_n = 64\nbatch_size = half(_n)"
+    assert configure(some(), AUTO, [file(text)])['batch_size'] == 32
 
 
 def test_a_missing_config_file_is_named(tmp_path):

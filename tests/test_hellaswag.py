@@ -51,6 +51,20 @@ def test_accuracy_is_that_of_transformers_scores(questions, tmp_path, gpt2_token
     assert {name: found[name] for name in right} == {name: round(n / N, 4) for name, n in right.items()}
 
 
+def test_a_text_longer_than_the_context_loses_its_beginning_and_an_empty_context_its_first_token(tmp_path, gpt2_tokens):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    path = tmp_path / 'questions.jsonl'
+    path.write_text('\n'.join(json.dumps({'ctx': context, 'endings': ['went home'] * 3 + ['and sang ' * 9], 'label': 3})
+                              for context in ('', 'a man')))
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=8)).save_pretrained(tmp_path / 'hf')
+    flags = [f"--init_from={tmp_path / 'hf'}", f'--data_file={path}', '--device=cpu']
+    ran = run_script('data/hellaswag/evaluate.py', *flags)
+    assert ran.status == 0 and json.loads(ran.out.splitlines()[-1])['questions'] == 2, ran.err
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99)).save_pretrained(tmp_path / 'hf')
+    assert_refused(run_script('data/hellaswag/evaluate.py', *flags), 'question 1 and on: token', 'vocab_size=99')
+
+
 def test_a_spoiled_question_is_named_with_its_line(questions, tmp_path):
     path, lines = questions
     path.write_text('\n'.join([json.dumps(lines[0]), '{"ctx": "a man", "endings": ["a"]}']))

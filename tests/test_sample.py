@@ -1,14 +1,16 @@
 """A checkpoint speaks: what it continues, what it never says, and what it needs for that."""
 import copy
 import gc
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import CHARS, assert_refused, run_script
+from conftest import CHARS, ROOT, assert_refused, run_script
 from data.tokens import tokenizer
 from model import GPT, GPTConfig, LayerCache, pick, row_seeds
 from plain_gpt import PlainGPT
@@ -82,6 +84,66 @@ def test_the_start_may_come_from_a_file(speaker, run_here):
         assert_refused(run_here('sample.py', *CPU, f'--start=FILE:{path}'), f'--start=FILE:{path}: {words}')
 
 
+def test_a_file_of_lines_is_cut_at_line_ends_only_and_an_empty_one_is_named(speaker, run_here):
+    Path('prompts.txt').write_text('abc\n\nno\n')
+    assert_refused(run_here('sample.py', *CPU, '--start=LINES:prompts.txt'), 'an empty text in line 2')
+    Path('prompts.txt').write_text('ab\u2028c\nno\n', encoding='utf-8')
+    assert_refused(run_here('sample.py', *CPU, '--start=LINES:prompts.txt'), r"'\u2028' is not among them")
+
+
+def test_each_prompt_has_its_samples_in_order_and_all_end_before_the_stop(speaker, run_here):
+    Path('prompts.txt').write_text('abc\nno\n')
+    flags = [*CPU, '--start=LINES:prompts.txt', '--num_samples=2', '--max_new_tokens=200']
+    whole = texts(run_here('sample.py', *flags))
+    assert [text[:2] for text in whole] == ['ab', 'ab', 'no', 'no'] and len(set(whole)) == 4
+    new = [text[3 if text[0] == 'a' else 2:] for text in whole]
+    stop = max(set(new[1]) & set(new[0]) & set(new[2]) & set(new[3]), key=lambda c: -max(text.index(c) for text in new))
+    steps, stream = [], GPT.stream
+
+    def counted(*args, **kw):
+        for ids in stream(*args, **kw):
+            steps.append(1)
+            yield ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, 'stream', counted)
+        ran = run_here('sample.py', *flags, f'--stop={stop}')
+    assert texts(ran) == [text[:len(text) - len(fresh)] + fresh.partition(stop)[0] for text, fresh in zip(whole, new)]
+    assert len(steps) < 100 # none went on to the end
+    assert f"\n{sum(text.index(stop) + 1 for text in new)} tokens in" in '\n' + ran.err # up to the stops
+
+
+def test_the_stop_may_be_a_new_line_and_top_p_leaves_the_likeliest(speaker, run_here):
+    speaker(tokenizer={**META, 'itos': {**META['itos'], 3: '\n'}})
+    text, = texts(run_here('sample.py', *CPU, '--start=a', '--temperature=2', '--max_new_tokens=300', '--stop=\\n'))
+    assert len(text) < 200 and '\n' not in text
+    speaker(tokenizer=META)
+    text, = texts(run_here('sample.py', *CPU, '--start=abc', '--top_p=1e-9', '--top_k=0'))
+    assert text == greedy(speaker.model, 'abc', 30)
+
+
+def test_the_first_sample_is_shown_as_it_comes(speaker, tiny):
+    command = [sys.executable, str(ROOT / 'sample.py'), *CPU[:2], '--max_new_tokens=100000', '--start=abc']
+    with subprocess.Popen(command, cwd=tiny.parents[1], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        shown = b''
+        while len(shown) < 200: # long before the end
+            shown += (more := os.read(running.stdout.fileno(), 1000))
+            assert more
+        running.kill()
+
+
+def test_where_there_is_no_ckpt_pt_what_is_there_is_named(speaker, run_here):
+    Path('out/earlier').mkdir()
+    Path('out/ckpt.pt').rename('out/earlier/ckpt.pt')
+    assert_refused(run_here('sample.py', *CPU), 'out/ckpt.pt: no checkpoint there; but in out/earlier')
+    Path('out/last-00000003.pt').touch()
+    assert_refused(run_here('sample.py', *CPU), 'no checkpoint there; but a run that was stopped', '--init_from=resume')
+
+
+def test_characters_are_not_guessed(speaker, run_here, tiny):
+    speaker(config={'dataset': 'elsewhere'})
+    assert_refused(run_here('sample.py', *CPU, '--start=!'), "data/elsewhere/meta.pkl is not there, ", "20 tokens")
+
+
 def test_unknown_characters_in_the_prompt_are_named(speaker, run_here):
     assert_refused(run_here('sample.py', *CPU, '--start=abcXY'), "--start: ", "'X', 'Y' are not among them")
     assert_refused(run_here('sample.py', *CPU, '--start=é'), "'é' is not among them")
@@ -136,7 +198,9 @@ def test_a_trained_model_speaks_in_a_process_of_its_own_without_a_warning(speake
 
 @pytest.mark.parametrize('flag, words', [
     ('--out_dir=nowhere', 'nowhere/ckpt.pt: no checkpoint there; train first'),
-    ('--init_from=no/such/model', "--init_from=no/such/model: cannot load 'no/such/model'"),
+    ('--init_from=no/such/model', "gpt2-xl or a folder in transformers' format, not 'no/such/model'"),
+    ('--init_from=scratch', "--init_from must be resume, gpt2, "),
+    ('--temperature=1e-40', '--temperature must be 0, for the likeliest token, or at least 1e-6, not 1e-40'),
     ('--temperature=-1', '--temperature must be at least 0, not -1.0'),
     ('--num_samples=0', '--num_samples must be at least 1, not 0'),
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'),

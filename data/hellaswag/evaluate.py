@@ -84,7 +84,8 @@ def ending_losses(texts):
     for row, (context, ending) in enumerate(texts):
         ids = (context + ending)[-T - 1:] # a text longer than the model's context loses its beginning
         idx[row, :len(ids) - 1] = torch.tensor(ids[:-1]) # what follows on the right is seen by nobody
-        targets[row, len(ids) - 1 - len(ending):len(ids) - 1] = torch.tensor(ending[-T:])
+        known = min(len(ending), len(ids) - 1) # the first token of all has nothing before it
+        targets[row, len(ids) - 1 - known:len(ids) - 1] = torch.tensor(ids[len(ids) - known:])
     targets = targets.to(device)
     with torch.no_grad(), autocast:
         logits, _ = model(idx.to(device), targets) # (B, T, V)
@@ -93,13 +94,16 @@ def ending_losses(texts):
 
 
 right = {'acc': 0, 'acc_norm': 0}
-bar = tqdm(range(0, len(questions), batch_size), unit='batch')
+bar = tqdm(range(0, len(questions), batch_size), unit='batch', disable=None) # where it is no terminal
 for first in bar:
     batch = questions[first:first + batch_size]
     try:
         texts = [(encode(q['ctx']), encode(' ' + ending)) for q in batch for ending in q['endings']]
     except ValueError as e:
         sys.exit(f"question {first + 1} and on: {e}")
+    largest = max(id for text in texts for ids in text for id in ids)
+    if largest >= model.config.vocab_size:
+        sys.exit(f"question {first + 1} and on: token {largest} is not below vocab_size={model.config.vocab_size}")
     labels = torch.tensor([int(q['label']) for q in batch])
     for name, losses in zip(right, ending_losses(texts)):
         right[name] += int((losses.view(-1, 4).argmin(1).cpu() == labels).sum())
