@@ -150,6 +150,7 @@ def test_a_second_ctrl_c_ends_torchrun_too_in_the_middle_of_a_long_step(tiny):
     workers = children(run.pid)
     run.send_signal(signal.SIGINT)
     read_until(run, 'Ctrl-C once more', timeout=10)
+    time.sleep(0.5) # until torchrun has told the other one too
     run.send_signal(signal.SIGINT)
     ended(run, 15)
     assert run.returncode != 0 and len(workers) == 2 and not any(os.path.exists(f'/proc/{pid}') for pid in workers)
