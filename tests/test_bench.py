@@ -325,7 +325,7 @@ def test_inference_says_whether_all_ways_write_the_same_text(gpt2_folder, run_he
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--init_from=no/such/model', "--init_from=no/such/model: cannot load 'no/such/model'"),
+    ('--init_from=no/such/model', "gpt2-xl or a folder in transformers' format, not 'no/such/model'"),
     ('--TK_kernel=True', 'cannot run here: it runs on a CUDA device, not on cpu'),
     ('--max_new_tokens=0', '--max_new_tokens must be at least 1, not 0'), ('--start=', '--start must hold tokens'),
     ('--batches=1,4', "--batches must be like '1 4 16', not '1,4'"),

@@ -87,9 +87,15 @@ def check_ptxas(name, said):
 
 
 def find_disassembler(nvcc):
-    """The PATH with cuobjdump, and nvdisasm that it calls; None where one of them is not installed."""
+    """The PATH with cuobjdump and nvdisasm, which it calls; None where one of them is not installed."""
     path = os.pathsep.join(map(str, [nvcc.parent, os.environ.get('PATH', ''), *pip_folders()]))
     return path if all(shutil.which(name, path=path) for name in ('cuobjdump', 'nvdisasm')) else None
+
+
+def machine_code(nvcc, target):
+    """What cuobjdump shows of an object file, None where it cannot."""
+    path = find_disassembler(nvcc)
+    return path and run([shutil.which('cuobjdump', path=path), '-sass', target], env=os.environ | {'PATH': path})
 
 
 def compile_kernel(nvcc, source, target):
@@ -97,12 +103,10 @@ def compile_kernel(nvcc, source, target):
     said = run([nvcc, *NVCC_FLAGS, '-c', source, '-o', target])
     check_ptxas(source.name, said)
     lines = [line.strip() for line in said.splitlines() if 'Used' in line]
-    path = find_disassembler(nvcc)
-    if path is None:
+    shown = machine_code(nvcc, target)
+    if shown is None:
         lines.append("HGMMA is not looked for: no cuobjdump or no nvdisasm")
-    shown = '' if path is None else run([shutil.which('cuobjdump', path=path), '-sass', target],
-                                        env=os.environ | {'PATH': path})
-    for code in shown.split('Function : ')[1:]:
+    for code in (shown or '').split('Function : ')[1:]:
         name = code.split(maxsplit=1)[0]
         if 'HGMMA' not in code and not WITHOUT_MATMUL.search(name):
             sys.exit(f"{source.name}: no HGMMA in the machine code of {name}")
