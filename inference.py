@@ -272,6 +272,7 @@ def picture(rows, path):
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     figure.savefig(path, dpi=110, bbox_inches='tight')
+    pyplot.close(figure)
 
 
 if bench:

@@ -137,6 +137,7 @@ def draw(groups, title, path):
         sys.exit(f"--out={path}: {e.strerror}")
     except ValueError as e: # a format that it does not know
         sys.exit(f"--out={path}: {str(e).splitlines()[0]}")
+    pyplot.close(figure)
 
 
 def write_section(path, name, text):

@@ -273,6 +273,7 @@ def picture(results, path):
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def said(*command):

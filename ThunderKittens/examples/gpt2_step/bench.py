@@ -140,6 +140,7 @@ def picture(rows, path):
     axis.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.45, 1.0), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def save(found, out, readme):
