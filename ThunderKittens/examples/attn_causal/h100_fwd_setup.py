@@ -79,9 +79,9 @@ def run(command, env=None):
 
 
 def check_ptxas(name, said):
-    """End the build on a spill or on wgmma made synchronous; both make a kernel several times slower in silence."""
+    """End the build on a spill and on what SLOW finds: each makes a kernel slower, some several times, in silence."""
     if SLOW.search(said):
-        sys.exit(f"{name}: wgmma is serialised\n{said}")
+        sys.exit(f"{name}: wgmma is serialised, or registers are not as asked\n{said}")
     if any(int(a) or int(b) for a, b in SPILL.findall(said)):
         sys.exit(f"{name}: registers spill\n{said}")
 
